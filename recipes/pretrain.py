@@ -1,0 +1,264 @@
+"""Pretrain the bundled policy: flow matching on pairs of utterances of one voice.
+
+Trains a DiT of F5-TTS's class (dim 256, depth 10, 12 M parameters) on phonemes spread evenly over the frames
+(`text_embedding_average_upsampling`), with the objective of F5-TTS (arXiv:2410.06885, equation 5):
+    x_t = (1-t) x_0 + t x_1,   loss = |v(x_t, t | known mel, text) - (x_1 - x_0)|^2 over the unknown frames.
+Each item is two utterances of one voice, laid end to end: in half of the items the second is unknown (as at
+inference), in the others a random span of 60 to 100 %. For classifier-free guidance the known mel is dropped in
+30 % of the items and the text too in half of these.
+
+Fast because nothing waits: mels and tokens of the whole corpus live on the card, partners are picked so that a pair
+fills the batch's fixed length to within 3 frames of closing silence (no padding, no masks), and a whole update
+(gather, forward, backward, clipping, AdamW, weight average) is one CUDA graph.
+
+Leaves out: several GPUs, several languages, a duration model (F5-TTS's length rule is used).
+Hardware: one H100, 18 minutes (rlhf_mel/assets/README.md says what was measured); a CPU works, slowly.
+    python recipes/pretrain.py --data data/corpus --out runs/pretrain --minutes 18
+A run may be cut in parts: `--until 9` stops at minute 9, `--resume` goes on from runs/pretrain/state.pt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from corpus_data import Average, Corpus, adamw, cosine, load_corpus, set_lr
+from rlhf_mel.checkpoints import save_policy
+from torch import Tensor
+
+from rlhf_mel.audio import MelSpec, log_mel
+from rlhf_mel.cfm import CFM
+from rlhf_mel.models.dit import DiT
+from rlhf_mel.path import interpolate
+from rlhf_mel.text import PHONEMES, PUNCTUATION, PhonemeTokenizer, tokens_to_ids
+
+ARCH = dict(
+    dim=256,
+    depth=10,
+    heads=4,
+    ff_mult=3,
+    text_dim=256,
+    conv_layers=4,
+    dropout=0.05,
+    text_mask_padding=True,
+    text_embedding_average_upsampling=True,
+)
+VOCAB = (" ", *PHONEMES, *PUNCTUATION)
+"""Line 0 is the space, as F5-TTS's vocabularies demand; the phoneme tokenizer never emits it."""
+LENGTHS_FRAMES = (384, 512, 640)
+SPARE_FRAMES = 3
+"""How much of a pair's closing silence may be cut to make it fit."""
+
+
+@dataclass(frozen=True)
+class Utterances:
+    """The training clips as the card holds them, ordered by voice, then by length."""
+
+    mel: Tensor
+    """Float32 [frames of all clips, M]."""
+    tokens: Tensor
+    """Long [tokens of all clips]."""
+    spans: np.ndarray
+    """Long [U, 4]: first frame, frames, first token, tokens of each clip."""
+    keys: np.ndarray
+    """Long [U]: voice * 10_000 + frames, ascending."""
+
+
+def utterances(corpus: Corpus, rows: list[int], vocab: dict[str, int]) -> Utterances:
+    tokenizer, voices = PhonemeTokenizer(), {name: index for index, name in enumerate(corpus.voice_names)}
+    mels = {row: log_mel(corpus.clip(row)[None], MelSpec())[0] for row in rows}
+    ids = {row: tokens_to_ids([tokenizer(corpus.texts[row])], vocab)[0] for row in rows}
+    key = {row: voices[corpus.voices[row]] * 10_000 + len(mels[row]) for row in rows}
+    rows = sorted(rows, key=lambda row: key[row])
+    frames, tokens = (np.array([len(of[row]) for row in rows]) for of in (mels, ids))
+    spans = np.stack([np.cumsum(frames) - frames, frames, np.cumsum(tokens) - tokens, tokens], axis=1)
+    return Utterances(
+        mel=torch.cat([mels[row] for row in rows]),
+        tokens=torch.cat([ids[row] for row in rows]).to(corpus.samples.device),
+        spans=spans,
+        keys=np.array([key[row] for row in rows]),
+    )
+
+
+def draw_pairs(clips: Utterances, batch: int, length_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """Long [batch, 8]: spans of two clips of one voice, together `length_frames` to `+ SPARE_FRAMES` long."""
+    pairs = np.empty((0, 8), dtype=np.int64)
+    while len(pairs) < batch:
+        first = rng.integers(len(clips.keys), size=4 * batch)
+        voice, frames = clips.keys[first] // 10_000 * 10_000, clips.spans[first, 1]
+        wanted = voice + np.maximum(length_frames - frames, 1)
+        low = np.searchsorted(clips.keys, wanted)
+        high = np.searchsorted(clips.keys, wanted + SPARE_FRAMES + 1)
+        found = (high > low) & (frames < length_frames)
+        second = (low + rng.random(len(low)) * (high - low)).astype(np.int64)[found]
+        pairs = np.concatenate([pairs, np.concatenate([clips.spans[first[found]], clips.spans[second]], axis=1)])
+    return pairs[:batch]
+
+
+def lay_end_to_end(
+    values: Tensor, start_a: Tensor, length_a: Tensor, start_b: Tensor, length_b: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """values[start_a:][:length_a] then values[start_b:][:length_b], to [B, length, ...]; and which places are filled."""
+    place = torch.arange(length, device=values.device)[None]
+    index = torch.where(place < length_a[:, None], start_a[:, None] + place, (start_b - length_a)[:, None] + place)
+    filled = place < (length_a + length_b)[:, None]
+    return values[torch.where(filled, index, 0)], filled
+
+
+def unknown_frames(first_frames: Tensor, length_frames: int) -> Tensor:
+    """Bool [B, T]: in even items all after the first clip, in odd ones a random span of 60 to 100 %."""
+    batch, device = len(first_frames), first_frames.device
+    place = torch.arange(length_frames, device=device)[None]
+    span = length_frames * (0.6 + 0.4 * torch.rand(batch, 1, device=device))
+    start = (length_frames - span) * torch.rand(batch, 1, device=device)
+    after_first = place >= first_frames[:, None]
+    random_span = (place >= start) & (place < start + span)
+    return torch.where((torch.arange(batch, device=device) % 2 == 0)[:, None], after_first, random_span)
+
+
+def flow_matching_loss(dit: DiT, clips: Utterances, pairs: Tensor, length_frames: int) -> Tensor:
+    """The objective above for pairs [B, 8]; static shapes, no host synchronisation."""
+    mel_a, frames_a, text_a, tokens_a, mel_b, frames_b, text_b, tokens_b = pairs.unbind(1)
+    mel, _ = lay_end_to_end(clips.mel, mel_a, frames_a, mel_b, frames_b, length_frames)
+    text, spoken = lay_end_to_end(clips.tokens, text_a, tokens_a, text_b, tokens_b, length_frames)
+    text = torch.where(spoken, text, -1)
+    batch, device = len(pairs), mel.device
+    unknown = unknown_frames(frames_a, length_frames)
+    untexted = batch * 15 // 100  # the first rows lose text and known mel, as many again the known mel alone
+    lost_mel = torch.arange(batch, device=device) < 2 * untexted
+    known = mel.masked_fill((unknown | lost_mel[:, None])[..., None], 0.0)
+    unknown = unknown | (torch.arange(batch, device=device) < untexted)[:, None]
+
+    uniform = torch.rand(batch, device=device)
+    # three quarters logit-normal (Stable Diffusion 3, arXiv:2403.03206), one quarter uniform for the ends
+    t = torch.where(uniform < 0.25, uniform * 4, torch.sigmoid(torch.randn(batch, device=device)))
+    noise = torch.randn_like(mel)
+    embeddings = [
+        dit.embed_text(text[:untexted], length_frames, drop_text=True),
+        dit.embed_text(text[untexted:], length_frames),
+    ]
+    v = dit.velocity(interpolate(noise, mel, t), known, torch.cat(embeddings), t)
+    error = (v.float() - (mel - noise)).square().mean(-1)
+    return (error * unknown).sum() / unknown.sum()
+
+
+class Update:
+    """One optimizer step at one length; on CUDA captured once as a graph and replayed."""
+
+    def __init__(self, dit: DiT, clips: Utterances, optimizer, average: Average, length: int, batch: int) -> None:
+        self.dit, self.clips, self.optimizer, self.average = dit, clips, optimizer, average
+        self.length, self.batch = length, batch
+        self.device = clips.mel.device
+        self.pairs = torch.zeros(batch, 8, dtype=torch.long, device=self.device)
+        self.loss = torch.zeros((), device=self.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def _step(self) -> None:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = flow_matching_loss(self.dit, self.clips, self.pairs, self.length)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.dit.parameters(), 1.0, foreach=True)
+        self.optimizer.step()
+        self.average.update()
+        self.loss.copy_(loss.detach())
+
+    def capture(self, rng: np.random.Generator) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._load(rng)
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._step()
+
+    def _load(self, rng: np.random.Generator) -> None:
+        drawn = torch.from_numpy(draw_pairs(self.clips, self.batch, self.length, rng))
+        if self.device.type == "cuda":
+            drawn = drawn.pin_memory()
+        self.pairs.copy_(drawn, non_blocking=True)
+
+    def __call__(self, rng: np.random.Generator) -> None:
+        self._load(rng)
+        self.graph.replay() if self.graph else self._step()
+
+
+def save(out: Path, policy: CFM, average: Average, optimizer, elapsed_s: float, steps: int) -> None:
+    """Weights, their average and the optimizer to state.pt; the averaged policy to policy/."""
+    state = {"elapsed_s": elapsed_s, "steps": steps, "optimizer": optimizer.state_dict()}
+    state |= {"online": policy.transformer.state_dict(), "averaged": average.averaged}
+    torch.save(state, out / "state.tmp")
+    (out / "state.tmp").rename(out / "state.pt")
+    average.swap()
+    save_policy(policy, out / "policy")
+    average.swap()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=18.0, help="the whole schedule")
+    parser.add_argument("--until", type=float, help="stop at this minute of the schedule")
+    parser.add_argument("--frames", type=int, default=24_576, help="mel frames a batch")
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    args.out.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(args.seed)
+    vocab = {token: index for index, token in enumerate(VOCAB)}
+    corpus = load_corpus(args.data, args.device)
+    clips = utterances(corpus, corpus.rows(held_out=False), vocab)
+    dit = DiT(text_num_embeds=len(VOCAB), **ARCH).to(args.device).train()
+    policy = CFM(dit, vocab_char_map=vocab, tokenizer=PhonemeTokenizer())
+    optimizer = adamw(dit.parameters(), args.learning_rate, (0.9, 0.98), weight_decay=0.01)
+    average, spent_s, steps = Average(dit, 0.9995), 0.0, 0
+    if args.resume:
+        state = torch.load(args.out / "state.pt", map_location=args.device, weights_only=True)
+        dit.load_state_dict(state["online"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch._foreach_copy_(average.averaged, state["averaged"])
+        spent_s, steps = state["elapsed_s"], state["steps"]
+        average.updates = steps
+    print(f"{corpus.duration_h:.2f} h, {len(clips.keys)} clips, {sum(p.numel() for p in dit.parameters()):,} weights")
+
+    updates = [Update(dit, clips, optimizer, average, length, args.frames // length) for length in LENGTHS_FRAMES]
+    begin = time.monotonic()
+    if args.device.startswith("cuda"):
+        set_lr(optimizer, 0.0 if args.resume else 1e-5)
+        for block in dit.transformer_blocks:
+            block.compile(dynamic=False)
+        for update in updates:
+            update.capture(rng)
+        print(f"captured after {time.monotonic() - begin:.1f} s", flush=True)
+
+    stop_s, last = 60 * (args.until or args.minutes), time.monotonic()
+    elapsed_s, logged = spent_s, steps
+    while elapsed_s < stop_s:
+        set_lr(optimizer, args.learning_rate * cosine(elapsed_s / (60 * args.minutes), floor=0.005))
+        updates[int(rng.integers(len(updates)))](rng)
+        steps += 1
+        elapsed_s = spent_s + time.monotonic() - begin
+        if time.monotonic() - last > 10:
+            losses = " ".join(f"{update.loss.item():.4f}" for update in updates)
+            rate = (steps - logged) / (time.monotonic() - last)
+            print(f"{elapsed_s:7.1f} s  step {steps}  {rate:.1f} steps/s  loss {losses}", flush=True)
+            last, logged = time.monotonic(), steps
+    save(args.out, policy, average, optimizer, elapsed_s, steps)
+    print(f"{steps} steps in {elapsed_s:.0f} s; policy in {args.out / 'policy'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""DRaFT-K: follow the gradient of the reward through the last K steps of sampling.
+
+    loss = -mean_B r(vocoder(x_1)) + beta mean_B anchor,    d x_1 / d theta through the last K velocities only
+
+The state before those K steps is a constant. K = 1 already learns, and is the cheapest: memory and backward time
+are those of one step. With K = all steps it is AlignProp with a fixed truncation (arXiv 2310.03739).
+
+Reference: Clark et al. 2023, Directly Fine-Tuning Diffusion Models on Differentiable Rewards, arXiv 2309.17400.
+The anchor to the reference policy: see base.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_mel.algorithms.base import Metrics, Pipeline, finite_mean, pathwise_scores, require_reward_gradient
+from rlhf_mel.types import Prompts
+
+
+def draft_loss(rewards: Tensor, anchor: Tensor, beta: float) -> Tensor:
+    """-mean(rewards [B], the finite ones) + beta mean(anchor [B])."""
+    return -finite_mean(rewards) + beta * anchor.mean()
+
+
+class Draft:
+    name = "draft"
+    reward_gradient = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        grad_steps: int | None = 1
+        """K: velocities that are differentiated, counted from the end; None: all. Paper: 1 works best."""
+
+        def __post_init__(self) -> None:
+            if self.grad_steps is not None and (not isinstance(self.grad_steps, int) or self.grad_steps < 1):
+                raise ValueError(
+                    f"grad_steps of draft: expected a whole number of at least 1, or null for all, "
+                    f"got {self.grad_steps!r}"
+                )
+
+    def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
+        self.config = config or self.Config()
+        self.beta = beta
+
+    def check(self, pipeline: Pipeline) -> None:
+        require_reward_gradient(self.name, pipeline)
+        if (self.config.grad_steps or 0) > pipeline.sampling.steps:
+            raise ValueError(
+                f"grad_steps of draft: expected at most the {pipeline.sampling.steps} sampling_steps, "
+                f"got {self.config.grad_steps}"
+            )
+
+    def loss(
+        self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator
+    ) -> tuple[Tensor, Metrics]:
+        grad_steps = self.config.grad_steps or pipeline.sampling.steps
+        spoken, anchor = pipeline.rollout(prompts, generator, grad_steps=grad_steps)
+        rewards, metrics = pathwise_scores(pipeline, spoken, prompts)
+        return draft_loss(rewards, anchor, self.beta), metrics | {"anchor": anchor.detach()}
+
+
+algorithm = Draft

@@ -1,0 +1,451 @@
+"""CFM: F5-TTS's conditional flow matching, with gradients through the whole of sampling.
+
+    v(x, t) = f(x, t, mel, text) + s (f(x, t, mel, text) - f(x, t, nothing)),    s >= 0: guidance
+
+Constructor, `sample`, `forward`, state_dict and numbers are those of f5-tts 1.1.22 (Chen et al. 2024,
+arXiv:2410.06885); `sample(cache=False)` lets gradients flow, as proposed in F5-TTS pull request 1299. Here
+the text embedding is computed once a solve in both modes, with its graph, and handed to the velocity as an
+argument: it depends on neither x nor t, so the gradient is exact, and no module state can go stale.
+Time convention: see path.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from . import solvers
+from .audio import MelSpec, lengths_to_mask, log_mel, samples_to_frames
+from .nn import Rope, keep_mode
+from .path import interpolate, velocity
+from .policy import Generators, item_generators, item_noise, require_gradients
+from .text import Tokenizer, tokens_to_ids
+from .types import Prompts
+
+Text = Tensor | Sequence[str] | Sequence[Sequence[str]]
+"""Ids [B, N] padded with -1, B strings, or B lists of tokens."""
+
+
+class Condition(NamedTuple):
+    """What the velocity needs to know of a batch; made once a solve.
+
+    With guidance, what the backbone sees has 2B rows: the prompts, then the same with nothing known.
+    """
+
+    reference: Tensor
+    """Float [B, T, M]: reference mel, zero beyond its end."""
+    kept: Tensor
+    """Bool [B, T]: frames that finalize copies from the reference."""
+    generated: Tensor
+    """Bool [B, T]: frames that are the policy's work."""
+    known: Tensor
+    """Float [B or 2B, T, M]: mel shown to the backbone."""
+    text: Tensor
+    """Float [B or 2B, T, D]: text embedding, with its graph."""
+    mask: Tensor | None
+    """Bool [B or 2B, T]: frames within each item's duration; None where all have the same."""
+    rope: Rope
+    lengths_frames: tuple[int, ...]
+    """Total frames of each of the B items."""
+    guidance: float
+    """Classifier-free guidance strength s; 0 evaluates no unconditional branch."""
+
+
+class CFM(nn.Module):
+    def __init__(
+        self,
+        transformer: nn.Module,
+        sigma: float = 0.0,
+        odeint_kwargs: Mapping[str, Any] | None = None,
+        audio_drop_prob: float = 0.3,
+        cond_drop_prob: float = 0.2,
+        num_channels: int | None = None,
+        mel_spec_module: MelSpec | nn.Module | None = None,
+        mel_spec_kwargs: Mapping[str, Any] | None = None,
+        frac_lengths_mask: tuple[float, float] = (0.7, 1.0),
+        vocab_char_map: Mapping[str, int] | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+    ):
+        """Arguments of f5-tts, and:
+
+        mel_spec_module: a MelSpec, or a module from waveform [B, S] to log mel [B, M, T].
+        odeint_kwargs: {"method": "euler"} unless given.
+        tokenizer: strings are tokenised by it, and prompts can be encoded.
+        """
+        super().__init__()
+        if tokenizer is not None and vocab_char_map is None:
+            raise ValueError("CFM: expected a vocabulary with the tokenizer, got none; pass vocab_char_map")
+        self.transformer: Any = transformer
+        self.dim = transformer.dim
+        self.sigma = sigma
+        self.odeint_kwargs = dict(odeint_kwargs or {"method": "euler"})
+        self.audio_drop_prob, self.cond_drop_prob = audio_drop_prob, cond_drop_prob
+        self.frac_lengths_mask = frac_lengths_mask
+        self.vocab_char_map, self.tokenizer = vocab_char_map, tokenizer
+        spec: Any = mel_spec_module or mel_spec_from_f5(mel_spec_kwargs or {})
+        self.mel_spec = spec
+        own_channels = spec.n_mels if isinstance(spec, MelSpec) else spec.n_mel_channels
+        self.num_channels: int = num_channels or own_channels
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def sample(
+        self,
+        cond: Tensor,
+        text: Text,
+        duration: int | Tensor,
+        *,
+        lens: Tensor | None = None,
+        steps: int = 32,
+        cfg_strength: float = 1.0,
+        sway_sampling_coef: float | None = None,
+        seed: int | None = None,
+        max_duration: int = 65536,
+        vocoder: Callable[[Tensor], Tensor] | None = None,
+        use_epss: bool = True,
+        no_ref_audio: bool = False,
+        duplicate_test: bool = False,
+        t_inter: float = 0.1,
+        edit_mask: Tensor | None = None,
+        cache: bool = True,
+        generator: Generators = None,
+        grad_steps: solvers.GradSteps = None,
+        checkpoint: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Mel [B, T, M] (or the vocoder's waveform) and the solver's states [steps + 1, B, T, M].
+
+        cond: reference mel [B, T_ref, M] or waveform [B, S]; `lens` [B]: its frames, all unless given.
+        duration: frames of reference plus generated speech; raised to fit the text.
+        edit_mask: bool [B, T_ref], True where the reference is kept (speech editing).
+        cache: True samples without gradients and leaves the model in eval mode, as f5-tts does. False keeps
+            the graph and the caller's train/eval mode; call eval() first unless dropout is wanted.
+        seed: the same noise for every item, as in f5-tts; the global generator is not touched.
+        generator: distinct noise for each item; without it and without seed, the global generator.
+        grad_steps, checkpoint: see solvers.solve.
+
+        A batch of unequal durations is masked as in f5-tts: not what each item gives alone (policy.rollout).
+        """
+        if cache:
+            self.eval()
+        else:
+            require_gradients("CFM.sample(cache=False)", remedy="pass cache=True to sample without gradients")
+        with torch.set_grad_enabled(not cache):
+            mel = self._as_mel(cond).to(self.dtype)
+            ids = self._as_ids(text, batch=len(mel))
+            lens = (torch.full((len(mel),), mel.shape[1]) if lens is None else lens).to(mel.device)
+            lengths = _fit_durations(duration, ids, lens, max_duration)
+            reference = F.pad(mel, (0, 0, 0, max(lengths) - mel.shape[1]))
+            condition = self._condition(
+                torch.zeros_like(reference) if no_ref_audio else reference,
+                _kept_frames(lens, edit_mask, max(lengths)),
+                ids,
+                lengths,
+                cfg_strength,
+            )
+            if seed is not None:  # f5-tts seeds anew before each item
+                generator = [torch.Generator(self.device).manual_seed(seed) for _ in lengths]
+            noise = self.prior(condition, generator)
+            t_start = 0.0
+            if duplicate_test:  # begin at time t_inter, with the reference said a second time
+                again = F.pad(mel, (0, 0, mel.shape[1], max(lengths) - 2 * mel.shape[1]))
+                noise, t_start, steps = (
+                    interpolate(noise, again, t_inter),
+                    t_inter,
+                    int(steps * (1 - t_inter)),
+                )
+            t = self.timesteps(steps, sway_sampling_coef=sway_sampling_coef, use_epss=use_epss, t_start=t_start)
+            states = self._solve(condition, noise, t, grad_steps, checkpoint)
+            out = self.finalize(states[-1], condition)
+            return (out if vocoder is None else vocoder(out.transpose(1, 2))), torch.stack(states)
+
+    def _solve(
+        self, condition: Condition, noise: Tensor, t: Tensor, grad_steps: solvers.GradSteps, checkpoint: bool
+    ) -> list[Tensor]:
+        options = {"method": "dopri5", **self.odeint_kwargs}  # torchdiffeq's own default
+        return solvers.solve(
+            partial(keep_mode(self, self.velocity), cond=condition),
+            noise,
+            t,
+            method=options.pop("method"),
+            grad_steps=grad_steps,
+            checkpoint=checkpoint,
+            preserve_rng_state=self.training,
+            odeint_kwargs=options,
+        )
+
+    def forward(
+        self,
+        inp: Tensor,
+        text: Text,
+        *,
+        lens: Tensor | None = None,
+        noise_scheduler: None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Flow-matching loss on data: (scalar loss, mel shown to the backbone, predicted velocity).
+
+        A random span of each mel `inp` [B, T, M] (or waveform [B, S]) of `lens` [B] frames is hidden; the
+        loss is the squared error of the velocity there. `generator`: for span, noise, time, dropped conditions.
+        """
+        if noise_scheduler is not None:
+            raise ValueError(f"noise_scheduler: expected None (f5-tts has none either), got {noise_scheduler!r}")
+        x1 = self._as_mel(inp)
+        batch, frames, _ = x1.shape
+        ids = self._as_ids(text, batch=batch)
+        lens = (torch.full((batch,), frames) if lens is None else lens).to(x1.device)
+        mask = lengths_to_mask(lens, frames)
+        draw = partial(_uniform, batch, generator, x1.device)
+        shortest, longest = self.frac_lengths_mask
+        fractions = shortest + (longest - shortest) * draw()
+        hidden = mask & _spans(lens, fractions, draw(), frames)
+        noise_device = x1.device if generator is None else generator.device
+        x0 = torch.randn(x1.shape, generator=generator, device=noise_device, dtype=x1.dtype).to(x1.device)
+        t = draw().to(x1.dtype)
+        known = x1.masked_fill(hidden.unsqueeze(-1), 0.0)
+        drop_both = _chance(self.cond_drop_prob, generator)
+        drop_audio = _chance(self.audio_drop_prob, generator) or drop_both
+        pred = self.transformer(
+            x=interpolate(x0, x1, t),
+            cond=known,
+            text=ids,
+            time=t,
+            mask=mask,
+            drop_audio_cond=drop_audio,
+            drop_text=drop_both,
+        )
+        error = (pred - velocity(x0, x1)).square().mean(dim=-1)
+        return (error * hidden).sum() / hidden.sum(), known, pred
+
+    def durations(self, prompts: Prompts) -> Tensor:
+        """Long [B]: `durations_frames`, else reference frames (1 + spoken length of text / transcript)."""
+        references = samples_to_frames(prompts.reference_lengths_samples, self.mel_spec)
+        if prompts.durations_frames is not None:
+            if bool((prompts.durations_frames <= references).any()):
+                raise ValueError(
+                    f"durations_frames: expected more than the reference's own frames {references.tolist()},"
+                    f" got {prompts.durations_frames.tolist()}"
+                )
+            return prompts.durations_frames
+        tokenizer = self._require_tokenizer()
+        _check_texts(prompts)
+        lengths = [
+            [tokenizer.spoken_length(text) for text in side] for side in (prompts.texts, prompts.reference_texts)
+        ]
+        if 0 in lengths[1]:
+            raise ValueError(f"reference_texts: expected words, got nothing to say in row {lengths[1].index(0)}")
+        rows = zip(references.tolist(), *lengths, strict=True)
+        totals = [frames + max(1, int(frames * length / said)) for frames, length, said in rows]
+        return torch.tensor(totals, device=references.device)
+
+    def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> Condition:
+        """Prompts of one total duration, ready for `velocity`; policy.rollout groups prompts of several."""
+        mels = self._reference_mels(prompts)
+        lengths = self.durations(prompts).tolist()
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"encode: expected prompts of one total duration, got {lengths} frames: padding would change"
+                " what each item gives alone; call policy.rollout, which groups them"
+            )
+        ids = self._prompt_ids(prompts, frames=lengths[0])
+        reference_frames = torch.tensor([len(mel) for mel in mels], device=self.device)
+        reference = pad_sequence(mels, batch_first=True)
+        reference = F.pad(reference, (0, 0, 0, lengths[0] - reference.shape[1]))
+        kept = lengths_to_mask(reference_frames, lengths[0])
+        return self._condition(reference, kept, ids, lengths, cfg_strength)
+
+    def prior(self, cond: Condition, generator: Generators = None) -> Tensor:
+        """Standard normal noise [B, T, M], zero beyond each item's duration."""
+        generators = item_generators(generator, len(cond.lengths_frames))
+        return item_noise(cond.lengths_frames, self.num_channels, generators, self.device, self.dtype)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Guided velocity [B, T, M] at x [B, T, M] and t (a scalar or [B]); branches in one batch."""
+        if x.shape != cond.reference.shape:
+            raise ValueError(f"x: expected {list(cond.reference.shape)} as encoded, got {list(x.shape)}")
+        call = partial(self.transformer.velocity, mask=cond.mask, rope=cond.rope)
+        if not cond.guidance:
+            return call(x, cond.known, cond.text, t).to(x.dtype)
+        t = t if t.ndim == 0 else torch.cat((t, t))
+        # in the dtype of x: under autocast the difference of two bfloat16 numbers has few digits
+        prompted, free = call(torch.cat((x, x)), cond.known, cond.text, t).to(x.dtype).chunk(2)
+        return prompted + (prompted - free) * cond.guidance
+
+    def timesteps(
+        self,
+        steps: int,
+        *,
+        sway_sampling_coef: float | None = None,
+        use_epss: bool = True,
+        t_start: float = 0.0,
+    ) -> Tensor:
+        return solvers.timesteps(
+            steps,
+            sway_sampling_coef=sway_sampling_coef,
+            use_epss=use_epss,
+            t_start=t_start,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def finalize(self, x1: Tensor, cond: Condition) -> Tensor:
+        """Log mel [B, T, M]: the reference where it was kept, the flow's end elsewhere."""
+        return torch.where(cond.kept.unsqueeze(-1), cond.reference, x1)
+
+    def _condition(
+        self, reference: Tensor, kept: Tensor, ids: Tensor, lengths: list[int], cfg_strength: float
+    ) -> Condition:
+        frames = reference.shape[1]
+        durations = torch.tensor(lengths, device=reference.device)
+        inside = lengths_to_mask(durations, frames)
+        mask = None if min(lengths) == frames else inside
+        known = reference.masked_fill(~kept.unsqueeze(-1), 0.0)
+        embed = partial(self.transformer.embed_text, ids, frames, None if mask is None else durations)
+        text = embed(drop_text=False)
+        guidance = cfg_strength if cfg_strength >= 1e-5 else 0.0
+        if guidance:
+            known = torch.cat((known, torch.zeros_like(known)))
+            text = torch.cat((text, embed(drop_text=True)))
+            mask = None if mask is None else torch.cat((mask, mask))
+        return Condition(
+            reference=reference,
+            kept=kept,
+            generated=inside & ~kept,
+            known=known,
+            text=text,
+            mask=mask,
+            rope=self.transformer.rope(frames, reference.device),
+            lengths_frames=tuple(lengths),
+            guidance=guidance,
+        )
+
+    def _as_mel(self, sound: Tensor) -> Tensor:
+        """Mel [B, T, M] as it is, waveform [B, S] as its log mel."""
+        if sound.ndim == 3 and sound.shape[-1] == self.num_channels:
+            return sound
+        if sound.ndim != 2:
+            raise ValueError(
+                f"expected mel [batch, frames, {self.num_channels}] or waveform [batch, samples],"
+                f" got {list(sound.shape)}"
+            )
+        if isinstance(self.mel_spec, MelSpec):
+            return log_mel(sound, self.mel_spec)
+        return self.mel_spec(sound).transpose(1, 2)
+
+    def _as_ids(self, text: Text, batch: int) -> Tensor:
+        ids = text if isinstance(text, Tensor) else self._text_ids(text)
+        if ids.ndim != 2 or ids.shape[0] != batch:
+            raise ValueError(f"text: expected {batch} items, one for each sound, got {list(ids.shape)}")
+        return ids.to(self.device)
+
+    def _text_ids(self, text: Sequence[str] | Sequence[Sequence[str]]) -> Tensor:
+        vocab = self.vocab_char_map
+        if vocab is None:  # f5-tts without a vocabulary reads UTF-8 bytes
+            rows = [torch.tensor(list("".join(item).encode("utf-8")), dtype=torch.long) for item in text]
+            return pad_sequence(rows, batch_first=True, padding_value=-1)
+        if self.tokenizer is not None and all(isinstance(item, str) for item in text):
+            return tokens_to_ids([self.tokenizer(str(item)) for item in text], vocab)
+        return tokens_to_ids(text, vocab, strict=False)  # f5-tts: what is unknown becomes id 0
+
+    def _prompt_ids(self, prompts: Prompts, frames: int) -> Tensor:
+        """Ids [B, N] of reference text and text, one after the other."""
+        tokenizer = self._require_tokenizer()
+        _check_texts(prompts)
+        rows = zip(prompts.reference_texts, prompts.texts, strict=True)
+        joined = [f"{said.strip()} {text.strip()}" for said, text in rows]
+        ids = tokens_to_ids([tokenizer(text) for text in joined], self.vocab_char_map or {})
+        if ids.shape[1] > frames:
+            raise ValueError(
+                f"durations: expected at least a frame for each of the {ids.shape[1]} tokens of both texts,"
+                f" got {frames} frames; shorten the text or raise durations_frames"
+            )
+        return ids.to(self.device)
+
+    def _reference_mels(self, prompts: Prompts) -> list[Tensor]:
+        """Log mel [T_b, M] of each clip at its own length: padding would change the last frames."""
+        if prompts.sample_rate_hz != self.mel_spec.sample_rate_hz:
+            raise ValueError(
+                f"reference_audio: expected {self.mel_spec.sample_rate_hz} Hz, got"
+                f" {prompts.sample_rate_hz} Hz; resample it with rlhf_mel.audio.resample"
+            )
+        lengths = prompts.reference_lengths_samples.tolist()
+        if min(lengths) < self.mel_spec.n_fft or max(lengths) > prompts.reference_audio.shape[1]:
+            raise ValueError(
+                f"reference_lengths_samples: expected {self.mel_spec.n_fft} (a clip that has a voice) to"
+                f" {prompts.reference_audio.shape[1]} (the audio's width), got {lengths}"
+            )
+        return [
+            log_mel(clip[None, :length], self.mel_spec)[0].to(self.dtype)
+            for clip, length in zip(prompts.reference_audio.to(self.device), lengths, strict=True)
+        ]
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(
+                "CFM: expected a tokenizer to read prompts with, got none;"
+                " pass tokenizer=load_tokenizer(name), or use load_policy"
+            )
+        return self.tokenizer
+
+
+def mel_spec_from_f5(kwargs: Mapping[str, Any]) -> MelSpec:
+    """MelSpec from f5-tts's names: n_mel_channels, target_sample_rate, mel_spec_type."""
+    ours = {"n_mel_channels": "n_mels", "target_sample_rate": "sample_rate_hz", "mel_spec_type": "kind"}
+    return MelSpec(**{ours.get(name, name): value for name, value in kwargs.items()})
+
+
+def _check_texts(prompts: Prompts) -> None:
+    for field in ("texts", "reference_texts"):
+        empty = [row for row, text in enumerate(getattr(prompts, field)) if not text.strip()]
+        if empty:
+            raise ValueError(f"{field}: expected words, got nothing in rows {empty}; remove those rows")
+
+
+def _fit_durations(duration: int | Tensor, ids: Tensor, lens: Tensor, max_duration: int) -> list[int]:
+    """Total frames of each item: at least one more than its reference or its text have."""
+    wanted = torch.as_tensor(duration, device=ids.device).expand(len(ids))
+    least = torch.maximum((ids != -1).sum(dim=-1), lens) + 1
+    return torch.maximum(least, wanted).clamp(max=max_duration).tolist()
+
+
+def _kept_frames(lens: Tensor, edit_mask: Tensor | None, frames: int) -> Tensor:
+    """Bool [B, T]: frames taken from the reference, of which edit_mask [B, up to T] may take some away."""
+    kept = lengths_to_mask(lens, frames)
+    if edit_mask is None:
+        return kept
+    if edit_mask.dtype != torch.bool or edit_mask.ndim != 2 or edit_mask.shape[0] not in (1, len(lens)):
+        raise ValueError(
+            f"edit_mask: expected bool [{len(lens)}, reference frames], True = keep,"
+            f" got {edit_mask.dtype} {list(edit_mask.shape)}"
+        )
+    return kept & F.pad(edit_mask, (0, frames - edit_mask.shape[1]), value=False)
+
+
+def _spans(lens: Tensor, fractions: Tensor, places: Tensor, frames: int) -> Tensor:
+    """Bool [B, T]: a span of `fractions` [B] of each length, begun at `places` [B] in [0, 1) of the room."""
+    spans = (fractions * lens).long()
+    first = ((lens - spans) * places).long().unsqueeze(1)
+    position = torch.arange(frames, device=lens.device)
+    return (position >= first) & (position < first + spans.unsqueeze(1))
+
+
+def _uniform(batch: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    drawn_on = device if generator is None else generator.device
+    return torch.rand(batch, generator=generator, device=drawn_on).to(device)
+
+
+def _chance(probability: float, generator: torch.Generator | None) -> bool:
+    device = None if generator is None else generator.device
+    return bool(torch.rand((), generator=generator, device=device) < probability)

@@ -1,0 +1,239 @@
+"""RLHFConfig: one dataclass for a run, in the words of TRL and transformers; its defaults are the bundled demo.
+
+`RLHFConfig` extends `transformers.TrainingArguments`; LoRA comes from TRL's `ModelConfig`. Both are filled by
+`parse_arguments` from YAML (`--config file.yaml`) and from the command line over it. An unknown key, algorithm or
+reward is an error that names what was expected, before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from peft import LoraConfig
+from transformers import TrainingArguments
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from rlhf_mel.algorithms.base import load_algorithm
+from rlhf_mel.rewards import known_rewards
+
+LORA_FIELDS = frozenset(
+    "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save use_rslora use_dora".split()
+)
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text.replace("%", "%%")}
+
+
+@dataclass
+class RLHFConfig(TrainingArguments):
+    """A run of `RLHFTrainer`. Every field of `TrainingArguments` works too; those below differ or are new."""
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "algorithm_kwargs"]
+
+    policy: str = field(
+        default="tiny", metadata=_help("Flow to fine-tune: 'tiny' (bundled) or a directory, see load_policy.")
+    )
+    vocoder: str = field(default="tiny", metadata=_help("Mel to waveform, frozen: 'tiny', 'griffin_lim', path."))
+    recognizer: str = field(
+        default="tiny", metadata=_help("Listens in the evaluation (error rate, voice): 'tiny', path or 'none'.")
+    )
+    train_prompts: str = field(
+        default="tiny", metadata=_help("'tiny' (bundled), a JSONL file, or a directory with train.jsonl.")
+    )
+    eval_prompts: str = field(
+        default="tiny", metadata=_help("'tiny' (bundled), a JSONL file, or a directory with heldout.jsonl.")
+    )
+    num_eval_prompts: int = field(
+        default=8, metadata=_help("Held-out prompts heard before and after training, the first of eval_prompts; 0: none.")
+    )
+
+    reward_models: list[str] = field(
+        default_factory=lambda: ["mos"],
+        metadata=_help("Rewards by name (reward_models/NAME.py) or 'package.module:Name'."),
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata=_help("One weight a reward; default: 1 each.")
+    )
+    algorithm: str = field(default="draft", metadata=_help("A file of rlhf_mel/algorithms: 'draft', 'refl'."))
+    algorithm_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata=_help("Options of the algorithm's own Config, as JSON: '{\"grad_steps\": 4}'.")
+    )
+    beta: float = field(
+        default=1.0,
+        metadata=_help("Weight of the anchor to the reference policy; 0: no reference is kept (as in TRL)."),
+    )
+    num_generations: int = field(
+        default=1, metadata=_help("Rollouts of one prompt in a batch; divides per_device_train_batch_size.")
+    )
+
+    sampling_steps: int = field(default=16, metadata=_help("Steps of the ODE solve, in training and evaluation."))
+    cfg_strength: float = field(default=2.0, metadata=_help("Classifier-free guidance; 0: none, F5-TTS: 2."))
+    sway_sampling_coef: float | None = field(
+        default=-1.0, metadata=_help("Sway of the time grid, F5-TTS: -1; None: uniform.")
+    )
+    solver: str = field(default="euler", metadata=_help("Method of the ODE solve: 'euler', 'midpoint', ..."))
+
+    output_dir: str = field(  # type: ignore[assignment]
+        default="runs/demo", metadata=_help("Everything a run writes: samples, checkpoints, report.html, policy/.")
+    )
+    learning_rate: float = field(default=1e-5, metadata=_help("Peak learning rate of AdamW."))
+    max_steps: int = field(default=20, metadata=_help("Updates."))
+    per_device_train_batch_size: int = field(default=4, metadata=_help("Rollouts a device and update."))
+    warmup_steps: float = field(default=0, metadata=_help("Updates of linear warm-up (below 1: share of all)."))
+    lr_scheduler_type: str = field(default="constant", metadata=_help("Learning rate schedule."))  # type: ignore[assignment]
+    logging_steps: float = field(default=1, metadata=_help("Updates between two log lines."))
+    save_strategy: str = field(default="steps", metadata=_help("When to write checkpoints."))  # type: ignore[assignment]
+    save_steps: float = field(default=100, metadata=_help("Updates between two checkpoints."))
+    save_total_limit: int | None = field(default=1, metadata=_help("Checkpoints to keep."))
+    report_to: None | str | list[str] = field(default="none", metadata=_help("Trackers: wandb, tensorboard, ..."))
+    remove_unused_columns: bool = field(
+        default=False, metadata=_help("Prompts carry every column to the rewards: must stay False.")
+    )
+    dataloader_pin_memory: bool = field(default=False, metadata=_help("Batches are small; nothing to gain."))
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata=_help("Every parameter takes part in every velocity.")
+    )
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        self.reward_models = list(self.reward_models)
+        super().__post_init__()
+        _check_rewards(self.reward_models, self.reward_weights)
+        load_algorithm(self.algorithm, self.algorithm_options, beta=self.beta)
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns must be False: rewards read prompt columns that the policy does not; "
+                "got True; remove the option"
+            )
+
+    @property
+    def algorithm_options(self) -> Mapping[str, Any]:
+        """`algorithm_kwargs` as a mapping."""
+        options = self.algorithm_kwargs or {}
+        if not isinstance(options, Mapping):
+            raise ValueError(
+                f"algorithm_kwargs must be a mapping: expected e.g. '{{\"grad_steps\": 4}}', got {options!r}"
+            )
+        return options
+
+
+def _check_numbers(config: RLHFConfig) -> None:
+    """Raise on the first of our own numbers that is of the wrong kind or out of range."""
+    for name, least in (("num_eval_prompts", 0), ("num_generations", 1), ("sampling_steps", 1)):
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    for name in ("beta", "cfg_strength"):
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or value < 0:
+            raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+    if config.per_device_train_batch_size % config.num_generations:
+        raise ValueError(
+            "per_device_train_batch_size counts rollouts and must be a multiple of num_generations: got "
+            f"{config.per_device_train_batch_size} and {config.num_generations}; raise the batch size or use "
+            "gradient_accumulation_steps"
+        )
+
+
+def _check_rewards(names: Sequence[str], weights: Sequence[float] | None) -> None:
+    """Raise if there is no reward, an unknown one, or not one weight a reward."""
+    if not names:
+        raise ValueError("reward_models is empty: expected at least one reward, e.g. --reward_models mos")
+    if unknown := [name for name in names if ":" not in name and name not in known_rewards()]:
+        raise ValueError(
+            f"unknown reward {unknown}: expected some of {known_rewards()}, or 'package.module:Name' for your own"
+        )
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(
+            f"reward_weights needs one weight a reward: expected {len(names)} for {list(names)}, got {list(weights)}"
+        )
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RLHFConfig, ModelConfig]:
+    """The command line (default: `sys.argv`), over `--config file.yaml`, over the defaults.
+
+    Raises:
+        ValueError: an unknown key, or a value that cannot be meant.
+    """
+    parser = TrlParser((RLHFConfig, ModelConfig), allow_abbrev=False)
+    config, model_config, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(_unknown_keys(unknown))
+    check_model_config(model_config)
+    return config, model_config
+
+
+def _unknown_keys(remaining: Sequence[str]) -> str:
+    """The message for keys that no field takes, each with the nearest known ones."""
+    known = [f.name for dataclass_type in (RLHFConfig, ModelConfig) for f in dataclasses.fields(dataclass_type)]
+    keys = [item.removeprefix("--").split("=")[0] for item in remaining if item.startswith("--")] or list(remaining)
+    lines = []
+    for key in keys:
+        near = difflib.get_close_matches(key, known, n=3)
+        lines.append(f"unknown option {key!r}" + (f", did you mean {' or '.join(near)}?" if near else ""))
+    return "; ".join(lines) + "; `python recipes/drlx.py --help` lists all"
+
+
+def check_model_config(model_config: ModelConfig) -> None:
+    """Raise if a field of TRL's `ModelConfig` is set that only language models have."""
+    default = ModelConfig()
+    foreign = [
+        f.name
+        for f in dataclasses.fields(ModelConfig)
+        if f.name not in LORA_FIELDS and getattr(model_config, f.name) != getattr(default, f.name)
+    ]
+    if foreign:
+        raise ValueError(
+            f"{foreign} have no effect on a speech policy: of TRL's ModelConfig only {sorted(LORA_FIELDS)} are "
+            "used; name the policy by --policy"
+        )
+
+
+def lora_config(model_config: ModelConfig) -> LoraConfig | None:
+    """TRL's `get_peft_config` without its language-model task type; default targets: those of `policy.add_lora`."""
+    config = get_peft_config(model_config)
+    if config is not None:
+        config.task_type = None
+    return config
+
+
+def resolved(config: RLHFConfig, peft_config: LoraConfig | None = None) -> dict[str, Any]:
+    """What reproduces a run by `--config`: our own fields, and every other that differs from its default."""
+    own = RLHFConfig.__annotations__
+    default = RLHFConfig(output_dir=config.output_dir).to_dict()
+    settable = {f.name for f in dataclasses.fields(config) if f.init}
+    values = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name in settable and (name in own or value != default[name])
+    }
+    return values | _lora_fields(peft_config)
+
+
+def _lora_fields(peft_config: LoraConfig | None) -> dict[str, Any]:
+    """The fields of TRL's `ModelConfig` that make `peft_config`."""
+    if peft_config is None:
+        return {}
+    targets = peft_config.target_modules
+    return {
+        "use_peft": True,
+        "lora_r": peft_config.r,
+        "lora_alpha": peft_config.lora_alpha,
+        "lora_dropout": peft_config.lora_dropout,
+        "lora_target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
+        "lora_modules_to_save": peft_config.modules_to_save,
+        "use_rslora": peft_config.use_rslora,
+        "use_dora": peft_config.use_dora,
+    }
+
+
+def save_config(path: Path, config: RLHFConfig, peft_config: LoraConfig | None = None) -> None:
+    """Write `resolved` as YAML."""
+    path.write_text(yaml.safe_dump(resolved(config, peft_config), sort_keys=False, allow_unicode=True))

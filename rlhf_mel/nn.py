@@ -1,0 +1,233 @@
+"""Layers shared by the backbones. Attribute names are those of F5-TTS, so its checkpoints load unchanged.
+
+References: DiT and AdaLN-zero, Peebles & Xie 2023 (arXiv:2212.09748); rotary positions, Su et al. 2021
+(arXiv:2104.09864), interleaved pairs as in GPT-J; ConvNeXt V2 and its response norm, Woo et al. 2023
+(arXiv:2301.00808); convolutional positions, Baevski et al. 2020 (arXiv:2006.11477); the assembly is F5-TTS,
+Chen et al. 2024 (arXiv:2410.06885).
+
+Shapes: B batch, T frames, D width, H heads. Where a time embedding is [1, D], one row serves the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import wraps
+from typing import NamedTuple, ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class Rope(NamedTuple):
+    """Cosines and sines of the rotary angles, float32 [T, dim_head / 2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_frequencies(dim_head: int, theta: float = 10_000.0, device: torch.device | None = None) -> Tensor:
+    """theta^(-2i / dim_head), float32 [dim_head / 2]."""
+    return 1.0 / theta ** (torch.arange(0, dim_head, 2, device=device).float() / dim_head)
+
+
+def rotary_table(length_frames: int, dim_head: int, device: torch.device | None = None) -> Rope:
+    """Angles of positions 0..T-1. Never read from a buffer: half precision would be off by up to a radian."""
+    positions = torch.arange(length_frames, device=device).float()
+    angles = torch.outer(positions, rotary_frequencies(dim_head, device=device))
+    return Rope(angles.cos(), angles.sin())
+
+
+def apply_rope(x: Tensor, rope: Rope, heads: int | None = None) -> Tensor:
+    """Rotate adjacent pairs of x [B, H, T, dim_head], in all heads or the first `heads`; at least float32."""
+    rotated = x if heads is None else x[:, :heads]
+    even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+    # a half-precision product with the float32 table is float32, under autocast too
+    pairs = (even * rope.cos - odd * rope.sin, odd * rope.cos + even * rope.sin)
+    turned = torch.stack(pairs, dim=-1).flatten(-2).to(x.dtype)
+    return turned if heads is None else torch.cat((turned, x[:, heads:]), dim=1)
+
+
+def position_table(length_frames: int, dim: int, device: torch.device | None = None) -> Tensor:
+    """Absolute positions [T, dim], float32: cat(cos, sin) of position times rotary frequency."""
+    rope = rotary_table(length_frames, dim, device)
+    return torch.cat((rope.cos, rope.sin), dim=-1)
+
+
+def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x [B, T, D] with zeros where mask [B, T] is False."""
+    return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+class TimestepEmbedding(nn.Module):
+    """Flow time in [0, 1] to [B, D]: sinusoids of 1000 t, then a two-layer perceptron."""
+
+    def __init__(self, dim: int, frequencies: int = 256):
+        super().__init__()
+        self.frequencies = frequencies
+        self.time_mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, time: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        half = self.frequencies // 2
+        exponents = torch.arange(half, device=time.device).float() * -(math.log(10_000) / (half - 1))
+        # 1000 t in half precision would be wrong by up to half a radian
+        time = time.to(torch.promote_types(time.dtype, torch.float32))
+        angles = (1000 * time).unsqueeze(1) * exponents.exp()
+        return self.time_mlp(torch.cat((angles.sin(), angles.cos()), dim=-1).to(dtype or time.dtype))
+
+
+class GlobalResponseNorm(nn.Module):
+    """gamma x N(x) + beta + x with N the L2 norm of a channel over time, relative to the mean channel."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, dim))
+        self.beta = nn.Parameter(torch.zeros(1, 1, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        relative = norms / (norms.mean(dim=-1, keepdim=True) + 1e-6)
+        return self.gamma * (x * relative) + self.beta + x
+
+
+class ConvNeXtV2Block(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.dwconv = nn.Conv1d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, hidden_dim)
+        self.grn = GlobalResponseNorm(hidden_dim)
+        self.pwconv2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.dwconv(x.transpose(1, 2)).transpose(1, 2)
+        hidden = self.grn(F.gelu(self.pwconv1(self.norm(hidden))))
+        return x + self.pwconv2(hidden)
+
+
+class ConvPositionEmbedding(nn.Module):
+    """Two wide grouped convolutions over time; padding is silenced before each, so it never leaks in."""
+
+    def __init__(self, dim: int, kernel_size: int = 31, groups: int = 16):
+        super().__init__()
+        convolutions = [nn.Conv1d(dim, dim, kernel_size, groups=groups, padding=kernel_size // 2) for _ in range(2)]
+        self.conv1d = nn.Sequential(convolutions[0], nn.Mish(), convolutions[1], nn.Mish())
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        first, mish, second, _ = self.conv1d
+        x = zero_padding(x, mask).transpose(1, 2)
+        x = zero_padding(mish(first(x)).transpose(1, 2), mask).transpose(1, 2)
+        return zero_padding(mish(second(x)).transpose(1, 2), mask)  # Mish(0) = 0: before or after is one
+
+
+class AdaLayerNorm(nn.Module):
+    """Time sets shift, scale and gate of attention, then of the feed-forward: (1 + scale) LN(x) + shift."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, dim * 6)
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+    def forward(self, x: Tensor, time_embedding: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        modulation = self.linear(F.silu(time_embedding)).unsqueeze(1)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)
+        return self.norm(x) * (1 + scale) + shift, gate, mlp_shift, mlp_scale, mlp_gate
+
+
+class AdaLayerNormFinal(nn.Module):
+    """(1 + scale) LN(x) + shift; scale comes first here, unlike in AdaLayerNorm."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, dim * 2)
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+
+    def forward(self, x: Tensor, time_embedding: Tensor) -> Tensor:
+        scale, shift = self.linear(F.silu(time_embedding)).unsqueeze(1).chunk(2, dim=-1)
+        return self.norm(x) * (1 + scale) + shift
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, mult: float = 4, dropout: float = 0.0):
+        super().__init__()
+        hidden = int(dim * mult)
+        project_in = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"))
+        self.ff = nn.Sequential(project_in, nn.Dropout(dropout), nn.Linear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ff(x)
+
+
+class SelfAttention(nn.Module):
+    """Attention over frames with rotary positions.
+
+    With `attn_mask_enabled` False (every released F5-TTS model) padded frames are attended to: only batches
+    of one duration give each item what it gives alone.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        dropout: float = 0.0,
+        qk_norm: str | None = None,
+        pe_attn_head: int | None = None,
+        attn_mask_enabled: bool = False,
+    ):
+        super().__init__()
+        if qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"qk_norm: expected None or 'rms_norm', got {qk_norm!r}")
+        self.heads = heads
+        self.pe_attn_head = pe_attn_head
+        self.attn_mask_enabled = attn_mask_enabled
+        self.to_q = nn.Linear(dim, heads * dim_head)
+        self.to_k = nn.Linear(dim, heads * dim_head)
+        self.to_v = nn.Linear(dim, heads * dim_head)
+        self.q_norm = nn.RMSNorm(dim_head, eps=1e-6) if qk_norm else None
+        self.k_norm = nn.RMSNorm(dim_head, eps=1e-6) if qk_norm else None
+        self.to_out = nn.ModuleList([nn.Linear(heads * dim_head, dim), nn.Dropout(dropout)])
+
+    def forward(self, x: Tensor, mask: Tensor | None, rope: Rope) -> Tensor:
+        query, key, value = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.to_q, self.to_k, self.to_v)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        query, key = apply_rope(query, rope, self.pe_attn_head), apply_rope(key, rope, self.pe_attn_head)
+        attended = mask[:, None, None, :] if self.attn_mask_enabled and mask is not None else None
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=attended)
+        project_out, dropout = self.to_out
+        return zero_padding(dropout(project_out(x.transpose(1, 2).flatten(2))), mask)
+
+
+def keep_mode(module: nn.Module, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`function`, always run in the train/eval mode that `module` has now.
+
+    A checkpointed step runs again inside backward(), after the caller may have switched modes: dropout would
+    then differ between the two runs, and the gradient would silently be another function's.
+    """
+    modules = list(module.modules())
+    wanted = [child.training for child in modules]
+
+    @wraps(function)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        found = [child.training for child in modules]
+        if found == wanted:
+            return function(*args, **kwargs)
+        _set_modes(modules, wanted)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _set_modes(modules, found)
+
+    return run
+
+
+def _set_modes(modules: list[nn.Module], modes: list[bool]) -> None:
+    for module, mode in zip(modules, modes, strict=True):
+        module.training = mode

@@ -1,0 +1,203 @@
+"""Problems whose answers are known, shared by the tests: a flow with an exact solution, and tiny models.
+
+`LinearGaussianFlow`: mel ~ N(mean, deviation^2) in every element, noise ~ N(0, 1), path of path.py. Then
+x_t ~ N(t mean, s_t^2) with s_t^2 = (1 - t)^2 + t^2 deviation^2, the marginal velocity is linear in x,
+
+    v(x, t) = mean + (t deviation^2 - (1 - t)) / s_t^2 (x - t mean),
+
+and its solution is x_t = t mean + s_t x_0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_mel.cfm import CFM
+from rlhf_mel.models.dit import DiT
+
+
+@dataclass(frozen=True)
+class LinearGaussianFlow:
+    mean: float = 0.7
+    deviation: float = 0.4
+
+    def scale(self, t: Tensor) -> Tensor:
+        return ((1 - t) ** 2 + t**2 * self.deviation**2).sqrt()
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        slope = (t * self.deviation**2 - (1 - t)) / self.scale(t) ** 2
+        return self.mean + slope * (x - t * self.mean)
+
+    def solution(self, x0: Tensor, t: Tensor) -> Tensor:
+        return t * self.mean + self.scale(t) * x0
+
+
+TINY: Mapping[str, Any] = dict(
+    dim=32,
+    depth=2,
+    heads=2,
+    dim_head=16,
+    ff_mult=2,
+    mel_dim=8,
+    text_num_embeds=20,
+    text_dim=16,
+    conv_layers=2,
+    dropout=0.1,
+)
+"""A DiT of 60,000 weights."""
+
+V1: Mapping[str, Any] = dict(text_mask_padding=True, pe_attn_head=None)
+V0: Mapping[str, Any] = dict(text_mask_padding=False, pe_attn_head=1)
+"""The two sets of flags that F5-TTS released weights for."""
+
+MEL: Mapping[str, Any] = dict(n_mel_channels=8, n_fft=256, hop_length=64, win_length=256)
+VOCABULARY: Mapping[str, int] = {token: index for index, token in enumerate(" abcdefghijklmnopqr.")}
+
+
+def reinitialise(module: nn.Module, seed: int = 0) -> None:
+    """Random weights everywhere: AdaLN-zero starts with nearly every gradient zero, and tests would prove nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(module.named_parameters()):
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
+        noise = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
+        if name.endswith("norm.weight"):
+            noise = 1 + noise
+        if "grn" in name:
+            noise = noise * fan_in**0.5 * 0.3
+        with torch.no_grad():
+            parameter.copy_(noise.half())  # so that half precision on disk loses nothing
+
+
+def tiny_dit(**options: Any) -> DiT:
+    model = DiT(**{**TINY, **V1, **options})
+    reinitialise(model)
+    return model
+
+
+def tiny_cfm(dit: Mapping[str, Any] | None = None, **options: Any) -> CFM:
+    options = {"mel_spec_kwargs": MEL, "vocab_char_map": dict(VOCABULARY), **options}
+    return CFM(tiny_dit(**(dit or {})), **options)
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most bytes allocated at one moment while `function` runs, over those before: the CPU allocator's own log."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak
+
+
+# What f5-tts was asked, and what this package is asked again: flags of the DiT, options of the CFM, and the call.
+EVERYTHING = dict(qk_norm="rms_norm", long_skip_connection=True)
+AVERAGE = dict(text_embedding_average_upsampling=True)
+MASKED = dict(attn_mask_enabled=True)
+UNEQUAL = dict(rows=2, lens=[16, 11], duration=[40, 31])
+
+DIT_CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "v1": (V1, {}),
+    "v0": (V0, {}),
+    "v1 packed": (V1, dict(cfg_infer=True)),
+    "v0 masked": (V0, dict(mask=[24, 17])),
+    "v1 masked packed": (V1, dict(mask=[24, 17], cfg_infer=True)),
+    "attention mask": ({**V1, **MASKED}, dict(mask=[24, 17])),
+    "average": ({**V1, **AVERAGE}, {}),
+    "average masked": ({**V1, **AVERAGE}, dict(mask=[24, 17])),
+    "qk_norm and long skip": ({**V1, **EVERYTHING}, {}),
+    "no audio": (V1, dict(drop_audio_cond=True)),
+    "no text": (V0, dict(drop_text=True)),
+    "one time an item": (V1, dict(time=[0.1, 0.8], mask=[24, 17])),
+}
+
+SAMPLE_CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]] = {
+    "v1 cfg 0": (V1, {}, dict(cfg_strength=0.0)),
+    "v1 cfg 2": (V1, {}, {}),
+    "v0 cfg 0": (V0, {}, dict(cfg_strength=0.0)),
+    "v0 cfg 2": (V0, {}, {}),
+    "v1 batch cfg 0": (V1, {}, dict(rows=2, cfg_strength=0.0)),
+    "v1 batch": (V1, {}, dict(rows=2)),
+    "v0 batch": (V0, {}, dict(rows=2)),
+    "v1 unequal": (V1, {}, UNEQUAL),
+    "v0 unequal": (V0, {}, UNEQUAL),
+    "average": ({**V1, **AVERAGE}, {}, {}),
+    "average unequal": ({**V1, **AVERAGE}, {}, UNEQUAL),
+    "attention mask unequal": ({**V1, **MASKED}, {}, UNEQUAL),
+    "epss": (V1, {}, dict(steps=7)),
+    "no epss": (V1, {}, dict(steps=7, use_epss=False)),
+    "sway": (V1, {}, dict(sway_sampling_coef=-1.0)),
+    "epss and sway": (V1, {}, dict(steps=16, sway_sampling_coef=-1.0)),
+    "edit": (V1, {}, dict(rows=2, edit=[(4, 9), (0, 3)])),
+    "duplicate": (V1, {}, dict(duplicate_test=True, t_inter=0.3)),
+    "no reference": (V1, {}, dict(no_ref_audio=True)),
+    "text outgrows duration": (V1, {}, dict(duration=5)),
+    "duration clamped": (V1, {}, dict(max_duration=22)),
+    "strings": (V1, {}, dict(rows=2, text=["abc d.", "no ? here"])),
+    "bytes": ({**V1, "text_num_embeds": 256}, dict(vocab_char_map=None), dict(text=["hé"])),
+    "waveform": (V1, {}, dict(waveform=True)),
+    "midpoint": (V1, dict(odeint_kwargs=dict(method="midpoint")), {}),
+    "rk4": (V1, dict(odeint_kwargs=dict(method="rk4")), {}),
+    "dopri5": (V1, dict(odeint_kwargs=dict(method="dopri5", rtol=1e-4, atol=1e-4)), {}),
+}
+
+TRAINING_CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "everything known": (V1, dict(audio_drop_prob=0.0, cond_drop_prob=0.0)),
+    "audio dropped": (V1, dict(audio_drop_prob=1.0, cond_drop_prob=0.0)),
+    "both dropped": (V0, dict(audio_drop_prob=0.0, cond_drop_prob=1.0)),
+}
+
+
+def case_inputs(seed: int = 1) -> dict[str, Tensor]:
+    """Reference mel [2, 16, 8], ids [2, 9] and [2, 7] (padded), a waveform, noisy mel [2, 24, 8]."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 20, (2, 9), generator=generator)
+    ids[1, 7:] = -1
+    return {
+        "mel": torch.randn(2, 16, 8, generator=generator),
+        "ids": ids,
+        "waveform": torch.randn(1, 1600, generator=generator) / 10,
+        "x": torch.randn(2, 24, 8, generator=generator),
+        "cond": torch.randn(2, 24, 8, generator=generator),
+    }
+
+
+def with_weights(dit: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """`dit` with those of `weights` that it has a place for; a larger vocabulary repeats the embedding's rows."""
+    own = dit.state_dict()
+    weights = {name: weight.float() for name, weight in weights.items() if name in own}
+    rows = torch.arange(len(own["text_embed.text_embed.weight"]))
+    embedding = weights["text_embed.text_embed.weight"]
+    weights["text_embed.text_embed.weight"] = embedding[rows % len(embedding)]
+    dit.load_state_dict({**own, **weights})
+    return dit
+
+
+def call_dit(dit: nn.Module, inputs: Mapping[str, Tensor], **call: Any) -> Tensor:
+    """One forward of a DIT_CASE on f5-tts's DiT or on ours."""
+    mask = call.pop("mask", None)
+    if mask is not None:
+        mask = torch.arange(24) < torch.tensor(mask)[:, None]
+    time = torch.tensor(call.pop("time", 0.35))
+    return dit(inputs["x"], inputs["cond"], inputs["ids"], time, mask=mask, **call)
+
+
+def call_sample(cfm: nn.Module, inputs: Mapping[str, Tensor], **call: Any) -> tuple[Tensor, Tensor]:
+    """One sample() of a SAMPLE_CASE on f5-tts's CFM or on ours."""
+    call = {"steps": 8, "cfg_strength": 2.0, "seed": 5, "duration": 40, **call}
+    rows = call.pop("rows", 1)
+    cond = inputs["waveform"] if call.pop("waveform", False) else inputs["mel"][:rows]
+    for name in ("lens", "duration"):
+        if isinstance(call.get(name), list):
+            call[name] = torch.tensor(call[name])
+    if cuts := call.pop("edit", None):
+        call["edit_mask"] = torch.ones(rows, 16, dtype=torch.bool)
+        for row, (start, end) in enumerate(cuts):
+            call["edit_mask"][row, start:end] = False
+    return cfm.sample(cond, call.pop("text", inputs["ids"][:rows]), call.pop("duration"), **call)

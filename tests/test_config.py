@@ -1,0 +1,97 @@
+"""RLHFConfig: its defaults are the demo, YAML under the command line, and what cannot be meant raises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import ModelConfig
+
+from rlhf_mel.config import RLHFConfig, lora_config, parse_arguments, resolved, save_config
+
+
+def test_no_arguments_is_the_bundled_demo() -> None:
+    config, model_config = parse_arguments([])
+    assert (config.policy, config.vocoder, config.recognizer) == ("tiny", "tiny", "tiny")
+    assert (config.train_prompts, config.eval_prompts, config.reward_models) == ("tiny", "tiny", ["mos"])
+    assert config.report_to == [] and config.remove_unused_columns is False
+    assert lora_config(model_config) is None
+
+
+def test_demo_yaml_says_the_same_as_no_arguments() -> None:
+    yaml_file = Path(__file__).parents[1] / "recipes/configs/demo.yaml"
+    assert resolved(parse_arguments(["--config", str(yaml_file)])[0]) == resolved(parse_arguments([])[0])
+
+
+def test_the_command_line_goes_over_yaml_goes_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 1e-4\nmax_steps: 7\nalgorithm_kwargs: {grad_steps: 3}\n")
+    config, _ = parse_arguments(["--config", str(file), "--max_steps", "9", "--reward_models", "mos", "mos"])
+    assert (config.learning_rate, config.max_steps, config.sampling_steps) == (1e-4, 9, 16)
+    assert config.reward_models == ["mos", "mos"]
+    assert config.algorithm_options == {"grad_steps": 3}
+
+
+def test_algorithm_options_on_the_command_line_are_json() -> None:
+    config, _ = parse_arguments(["--algorithm_kwargs", '{"grad_steps": 4}'])
+    assert config.algorithm_options == {"grad_steps": 4}
+
+
+@pytest.mark.parametrize("argv", [["--learning_rat", "1"], ["--learn", "1"]])
+def test_an_unknown_flag_raises_and_suggests(argv: list[str]) -> None:
+    with pytest.raises(ValueError, match="unknown option 'learn.*'"):
+        parse_arguments(argv)
+
+
+def test_an_unknown_yaml_key_raises_and_suggests(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lerning_rate: 1.0\n")
+    with pytest.raises(ValueError, match="unknown option 'lerning_rate', did you mean learning_rate"):
+        parse_arguments(["--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"algorithm": "grpoo"}, r"unknown algorithm 'grpoo': expected one of .*draft.*refl"),
+        ({"algorithm_kwargs": {"grad_stepz": 2}}, r"unknown option 'grad_stepz' of draft: .*grad_steps"),
+        ({"algorithm_kwargs": '{"grad_steps": 0}'}, "grad_steps"),
+        ({"algorithm_kwargs": "grad_steps=2"}, "algorithm_kwargs must be a mapping"),
+        ({"reward_models": []}, "reward_models is empty"),
+        ({"reward_models": ["moss"]}, "moss"),
+        ({"reward_weights": [1.0, 2.0]}, "expected 1 for .'mos'., got .1.0, 2.0."),
+        ({"num_generations": 3}, "multiple of num_generations"),
+        ({"num_generations": 2.5}, "num_generations must be a whole number"),
+        ({"sampling_steps": 0}, "sampling_steps must be a whole number of at least 1, got 0"),
+        ({"beta": "high"}, "beta must be a number"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
+    ],
+)
+def test_what_cannot_be_meant_raises(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RLHFConfig(**fields)
+
+
+def test_language_model_fields_of_model_config_raise() -> None:
+    with pytest.raises(ValueError, match=r"\['model_name_or_path'\] have no effect.*--policy"):
+        parse_arguments(["--model_name_or_path", "gpt2"])
+
+
+def test_lora_is_trls_without_a_task_of_language_models() -> None:
+    _, model_config = parse_arguments(["--use_peft", "--lora_r", "4"])
+    lora = lora_config(model_config)
+    assert lora is not None and lora.r == 4 and lora.lora_alpha == ModelConfig().lora_alpha
+    assert lora.task_type is None
+
+
+def test_the_saved_config_reproduces_the_run(tmp_path: Path) -> None:
+    config, model_config = parse_arguments(
+        ["--learning_rate", "3e-4", "--adam_beta2", "0.9", "--algorithm_kwargs", '{"grad_steps": 2}', "--use_peft"]
+    )
+    save_config(tmp_path / "config.yaml", config, lora_config(model_config))
+    again, model_again = parse_arguments(["--config", str(tmp_path / "config.yaml")])
+    assert resolved(again, lora_config(model_again)) == resolved(config, lora_config(model_config))
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert written["adam_beta2"] == 0.9 and written["use_peft"] is True
+    assert "adam_beta1" not in written, "an inherited default says nothing and only makes the file longer"
