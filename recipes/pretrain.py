@@ -9,7 +9,7 @@ inference), in the others a random span of 60 to 100 %. For classifier-free guid
 
 Fast because nothing waits: mels and tokens of the whole corpus live on the card, partners are picked so that a pair
 fills the batch's fixed length to within 3 frames of closing silence (no padding, no masks), and a whole update
-(gather, forward, backward, clipping, AdamW, weight average) is one CUDA graph.
+(gather, forward, backward, clipping, AdamW) is one CUDA graph.
 
 Leaves out: several GPUs, several languages, a duration model (F5-TTS's length rule is used).
 Hardware: one H100, 18 minutes (rlhf_mel/assets/README.md says what was measured); a CPU works, slowly.
@@ -164,7 +164,6 @@ class Update:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.dit.parameters(), 1.0, foreach=True)
         self.optimizer.step()
-        self.average.update()
         self.loss.copy_(loss.detach())
 
     def capture(self, rng: np.random.Generator) -> None:
@@ -188,6 +187,7 @@ class Update:
     def __call__(self, rng: np.random.Generator) -> None:
         self._load(rng)
         self.graph.replay() if self.graph else self._step()
+        self.average.update()
 
 
 def save(out: Path, policy: CFM, average: Average, optimizer, elapsed_s: float, steps: int) -> None:
@@ -197,7 +197,7 @@ def save(out: Path, policy: CFM, average: Average, optimizer, elapsed_s: float, 
     torch.save(state, out / "state.tmp")
     (out / "state.tmp").rename(out / "state.pt")
     average.swap()
-    save_policy(policy, out / "policy")
+    save_policy(policy, out / "policy", dtype=torch.float16)
     average.swap()
 
 

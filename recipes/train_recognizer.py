@@ -10,7 +10,7 @@ Leaves out: a language model, real voices, noise and rooms, punctuation and digi
 Hardware: one H100, 3 minutes. A CPU runs it, for a smoke test only.
 Numbers to expect, printed at the end for held-out clips and kept in recognizer.json: character error rate below 5 %
 for each voice, cosine of two clips of one voice well above that of two voices.
-    python recipes/train_recognizer.py --data data/corpus --out rlhf_mel/assets --minutes 3
+    PYTHONPATH=. python recipes/train_recognizer.py --data data/corpus --out rlhf_mel/assets --minutes 3
 
 `--resume FOLDER` starts from the recognizer in FOLDER with a fresh optimizer.
 """

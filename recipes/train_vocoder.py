@@ -12,7 +12,7 @@ Leaves out: other sample rates, music, unseen speakers (four synthetic voices ar
 Hardware: one H100, 6 minutes. A CPU runs it, for a smoke test only.
 Number to expect: printed at the end for held-out clips, and kept in vocoder.json: DistillMOS of the recording and of
 recording -> mel -> vocoder for each voice (aim: at most 0.4 apart), and the mel distance between the two.
-    python recipes/train_vocoder.py --data data/corpus --out rlhf_mel/assets --minutes 6
+    PYTHONPATH=. python recipes/train_vocoder.py --data data/corpus --out rlhf_mel/assets --minutes 6
 
 `--resume FOLDER` starts from the vocoder in FOLDER (and its discriminators.pt, if it is there); optimizers are fresh.
 """
@@ -252,7 +252,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=224)
     parser.add_argument("--num_layers", type=int, default=8)
     parser.add_argument("--lr", type=float, default=5e-4, help="rate of both players; twice that before")
-    parser.add_argument("--warmup_share", type=float, default=0.2, help="share of the time without discriminators")
+    parser.add_argument("--warmup_share", type=float, default=0.15, help="share of the time without discriminators")
     parser.add_argument("--warmup_batch", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16, help="crops an adversarial update")
     parser.add_argument("--crop_frames", type=int, default=65, help="mel frames of a crop; 65 are 16384 samples")

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, overload
+from typing import overload
 
 import torch
 import torchaudio
@@ -44,7 +44,8 @@ class MelSpec:
     win_length: int = 1024
     """Samples of the Hann window, at most `n_fft`."""
     n_mels: int = 100
-    kind: Literal["vocos", "bigvgan"] = "vocos"
+    kind: str = "vocos"
+    """"vocos" or "bigvgan", see the module."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("vocos", "bigvgan"):
@@ -72,9 +73,7 @@ def log_mel(waveform: Tensor, spec: MelSpec | None = None) -> Tensor:
     centred = spec.kind == "vocos"
     pad = (spec.n_fft if centred else spec.n_fft - spec.hop_length) // 2
     if waveform.shape[1] <= pad:
-        raise ValueError(
-            f"log_mel: expected more than {pad} samples, got {waveform.shape[1]}; pad the waveform"
-        )
+        raise ValueError(f"log_mel: expected more than {pad} samples, got {waveform.shape[1]}; pad the waveform")
     with torch.autocast(waveform.device.type, enabled=False):
         waveform = waveform if waveform.dtype == torch.float64 else waveform.float()
         window, filters = _window_and_filters(spec, waveform.device, waveform.dtype)
@@ -82,9 +81,7 @@ def log_mel(waveform: Tensor, spec: MelSpec | None = None) -> Tensor:
         spectrum = torch.stft(
             padded, spec.n_fft, spec.hop_length, spec.win_length, window, center=False, return_complex=True
         )
-        magnitude = (
-            spectrum.abs() if centred else (torch.view_as_real(spectrum).square().sum(-1) + 1e-9).sqrt()
-        )
+        magnitude = spectrum.abs() if centred else (torch.view_as_real(spectrum).square().sum(-1) + 1e-9).sqrt()
         return (magnitude.transpose(1, 2) @ filters).clamp(min=MEL_FLOOR).log()
 
 
@@ -106,9 +103,7 @@ def _window_and_filters(spec: MelSpec, device: torch.device, dtype: torch.dtype)
         return window, filters.to(device=device, dtype=dtype)
 
 
-def mel_filters(
-    spec: MelSpec, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Tensor:
+def mel_filters(spec: MelSpec, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
     """The filterbank F of `spec`, [n_fft/2 + 1, mels]: mel = magnitude @ F. Shared: never write to it."""
     return _window_and_filters(spec, torch.device(device), dtype)[1]
 
@@ -155,9 +150,7 @@ def resample(waveform: Tensor, from_hz: int, to_hz: int) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _resampler(
-    from_hz: int, to_hz: int, device: torch.device, dtype: torch.dtype
-) -> torchaudio.transforms.Resample:
+def _resampler(from_hz: int, to_hz: int, device: torch.device, dtype: torch.dtype) -> torchaudio.transforms.Resample:
     with torch.inference_mode(False):  # for the same reason as the mel filters
         return torchaudio.transforms.Resample(from_hz, to_hz, dtype=dtype).to(device)
 

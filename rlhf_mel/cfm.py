@@ -230,41 +230,41 @@ class CFM(nn.Module):
         return (error * hidden).sum() / hidden.sum(), known, pred
 
     def durations(self, prompts: Prompts) -> Tensor:
-        """Long [B]: `durations_frames`, else reference frames (1 + spoken length of text / transcript)."""
+        """Long [B]: `durations_frames`, else reference frames (1 + spoken length of text / transcript).
+
+        All that can be wrong with prompts is found here, before any is solved.
+        """
+        self._check_prompts(prompts)
         references = samples_to_frames(prompts.reference_lengths_samples, self.mel_spec)
-        if prompts.durations_frames is not None:
-            if bool((prompts.durations_frames <= references).any()):
-                raise ValueError(
-                    f"durations_frames: expected more than the reference's own frames {references.tolist()},"
-                    f" got {prompts.durations_frames.tolist()}"
-                )
-            return prompts.durations_frames
-        tokenizer = self._require_tokenizer()
-        _check_texts(prompts)
-        lengths = [
-            [tokenizer.spoken_length(text) for text in side] for side in (prompts.texts, prompts.reference_texts)
-        ]
-        if 0 in lengths[1]:
-            raise ValueError(f"reference_texts: expected words, got nothing to say in row {lengths[1].index(0)}")
-        rows = zip(references.tolist(), *lengths, strict=True)
-        totals = [frames + max(1, int(frames * length / said)) for frames, length, said in rows]
-        return torch.tensor(totals, device=references.device)
+        totals = prompts.durations_frames
+        if totals is None:
+            lengths = [
+                list(map(self._tokenize.spoken_length, side)) for side in (prompts.texts, prompts.reference_texts)
+            ]
+            rows = zip(references.tolist(), *lengths, strict=True)
+            ruled = [frames + max(1, int(frames * length / said)) for frames, length, said in rows]
+            totals = torch.tensor(ruled, device=references.device)
+        least = torch.maximum(references + 1, (self._prompt_ids(prompts) != -1).sum(dim=1).to(references.device))
+        if bool((totals < least).any()):
+            raise ValueError(
+                f"durations_frames: expected at least {least.tolist()}, more than the reference has and a frame for"
+                f" each token of both texts, got {totals.tolist()}; shorten the texts or raise durations_frames"
+            )
+        return totals
 
     def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> Condition:
         """Prompts of one total duration, ready for `velocity`; policy.rollout groups prompts of several."""
-        mels = self._reference_mels(prompts)
         lengths = self.durations(prompts).tolist()
         if len(set(lengths)) > 1:
             raise ValueError(
                 f"encode: expected prompts of one total duration, got {lengths} frames: padding would change"
                 " what each item gives alone; call policy.rollout, which groups them"
             )
-        ids = self._prompt_ids(prompts, frames=lengths[0])
-        reference_frames = torch.tensor([len(mel) for mel in mels], device=self.device)
+        mels = self._reference_mels(prompts)
         reference = pad_sequence(mels, batch_first=True)
         reference = F.pad(reference, (0, 0, 0, lengths[0] - reference.shape[1]))
-        kept = lengths_to_mask(reference_frames, lengths[0])
-        return self._condition(reference, kept, ids, lengths, cfg_strength)
+        kept = lengths_to_mask(torch.tensor([len(mel) for mel in mels], device=self.device), lengths[0])
+        return self._condition(reference, kept, self._prompt_ids(prompts).to(self.device), lengths, cfg_strength)
 
     def prior(self, cond: Condition, generator: Generators = None) -> Tensor:
         """Standard normal noise [B, T, M], zero beyond each item's duration."""
@@ -359,22 +359,30 @@ class CFM(nn.Module):
             return tokens_to_ids([self.tokenizer(str(item)) for item in text], vocab)
         return tokens_to_ids(text, vocab, strict=False)  # f5-tts: what is unknown becomes id 0
 
-    def _prompt_ids(self, prompts: Prompts, frames: int) -> Tensor:
-        """Ids [B, N] of reference text and text, one after the other."""
-        tokenizer = self._require_tokenizer()
-        _check_texts(prompts)
-        rows = zip(prompts.reference_texts, prompts.texts, strict=True)
-        joined = [f"{said.strip()} {text.strip()}" for said, text in rows]
-        ids = tokens_to_ids([tokenizer(text) for text in joined], self.vocab_char_map or {})
-        if ids.shape[1] > frames:
+    @property
+    def _tokenize(self) -> Tokenizer:
+        if self.tokenizer is None:
             raise ValueError(
-                f"durations: expected at least a frame for each of the {ids.shape[1]} tokens of both texts,"
-                f" got {frames} frames; shorten the text or raise durations_frames"
+                "CFM: expected a tokenizer to read prompts with, got none;"
+                " pass tokenizer=load_tokenizer(name), or use load_policy"
             )
-        return ids.to(self.device)
+        return self.tokenizer
+
+    def _prompt_ids(self, prompts: Prompts) -> Tensor:
+        """Ids [B, N] of reference text and text, one after the other."""
+        rows = zip(prompts.reference_texts, prompts.texts, strict=True)
+        tokens = [self._tokenize(f"{said.strip()} {text.strip()}") for said, text in rows]
+        return tokens_to_ids(tokens, self.vocab_char_map or {})
 
     def _reference_mels(self, prompts: Prompts) -> list[Tensor]:
         """Log mel [T_b, M] of each clip at its own length: padding would change the last frames."""
+        clips, lengths = prompts.reference_audio.to(self.device), prompts.reference_lengths_samples.tolist()
+        return [
+            log_mel(clip[None, :length], self.mel_spec)[0].to(self.dtype)
+            for clip, length in zip(clips, lengths, strict=True)
+        ]
+
+    def _check_prompts(self, prompts: Prompts) -> None:
         if prompts.sample_rate_hz != self.mel_spec.sample_rate_hz:
             raise ValueError(
                 f"reference_audio: expected {self.mel_spec.sample_rate_hz} Hz, got"
@@ -386,31 +394,16 @@ class CFM(nn.Module):
                 f"reference_lengths_samples: expected {self.mel_spec.n_fft} (a clip that has a voice) to"
                 f" {prompts.reference_audio.shape[1]} (the audio's width), got {lengths}"
             )
-        return [
-            log_mel(clip[None, :length], self.mel_spec)[0].to(self.dtype)
-            for clip, length in zip(prompts.reference_audio.to(self.device), lengths, strict=True)
-        ]
-
-    def _require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError(
-                "CFM: expected a tokenizer to read prompts with, got none;"
-                " pass tokenizer=load_tokenizer(name), or use load_policy"
-            )
-        return self.tokenizer
+        for field in ("texts", "reference_texts"):
+            lacking = [row for row, text in enumerate(getattr(prompts, field)) if not self._tokenize(text.strip())]
+            if lacking:
+                raise ValueError(f"{field}: expected words, got nothing to say in rows {lacking}; remove those rows")
 
 
 def mel_spec_from_f5(kwargs: Mapping[str, Any]) -> MelSpec:
     """MelSpec from f5-tts's names: n_mel_channels, target_sample_rate, mel_spec_type."""
     ours = {"n_mel_channels": "n_mels", "target_sample_rate": "sample_rate_hz", "mel_spec_type": "kind"}
     return MelSpec(**{ours.get(name, name): value for name, value in kwargs.items()})
-
-
-def _check_texts(prompts: Prompts) -> None:
-    for field in ("texts", "reference_texts"):
-        empty = [row for row, text in enumerate(getattr(prompts, field)) if not text.strip()]
-        if empty:
-            raise ValueError(f"{field}: expected words, got nothing in rows {empty}; remove those rows")
 
 
 def _fit_durations(duration: int | Tensor, ids: Tensor, lens: Tensor, max_duration: int) -> list[int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -118,7 +119,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             state: dict[str, Any] = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError) as error:
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: expected weights, got a damaged file ({error}); copy it again") from error
     for key in ("ema_model_state_dict", "model_state_dict"):
         if key in state:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import torch
 import yaml
 from peft import LoraConfig
 from transformers import TrainingArguments
@@ -23,8 +25,22 @@ from rlhf_mel.algorithms.base import load_algorithm
 from rlhf_mel.rewards import known_rewards
 
 LORA_FIELDS = frozenset(
-    "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save use_rslora use_dora".split()
+    {
+        "use_peft",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target_modules",
+        "lora_modules_to_save",
+        "use_rslora",
+        "use_dora",
+    }
 )
+"""The fields of TRL's `ModelConfig` that mean something for a flow."""
+
+
+NOT_SAVED = frozenset({"hub_token", "local_rank", "debug", "include_num_input_tokens_seen"})
+"""A secret, the launcher's, and two whose defaults the command line gives in another form."""
 
 
 def _help(text: str) -> dict[str, str]:
@@ -35,7 +51,10 @@ def _help(text: str) -> dict[str, str]:
 class RLHFConfig(TrainingArguments):
     """A run of `RLHFTrainer`. Every field of `TrainingArguments` works too; those below differ or are new."""
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "algorithm_kwargs"]
+    _VALID_DICT_FIELDS = [  # noqa: RUF012, not annotated: a dataclass would make it a field
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "algorithm_kwargs",
+    ]
 
     policy: str = field(
         default="tiny", metadata=_help("Flow to fine-tune: 'tiny' (bundled) or a directory, see load_policy.")
@@ -51,16 +70,15 @@ class RLHFConfig(TrainingArguments):
         default="tiny", metadata=_help("'tiny' (bundled), a JSONL file, or a directory with heldout.jsonl.")
     )
     num_eval_prompts: int = field(
-        default=8, metadata=_help("Held-out prompts heard before and after training, the first of eval_prompts; 0: none.")
+        default=8,
+        metadata=_help("Held-out prompts heard before and after training, from the first on; 0: none."),
     )
 
     reward_models: list[str] = field(
         default_factory=lambda: ["mos"],
         metadata=_help("Rewards by name (reward_models/NAME.py) or 'package.module:Name'."),
     )
-    reward_weights: list[float] | None = field(
-        default=None, metadata=_help("One weight a reward; default: 1 each.")
-    )
+    reward_weights: list[float] | None = field(default=None, metadata=_help("One weight a reward; default: 1 each."))
     algorithm: str = field(default="draft", metadata=_help("A file of rlhf_mel/algorithms: 'draft', 'refl'."))
     algorithm_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata=_help("Options of the algorithm's own Config, as JSON: '{\"grad_steps\": 4}'.")
@@ -80,6 +98,10 @@ class RLHFConfig(TrainingArguments):
     )
     solver: str = field(default="euler", metadata=_help("Method of the ODE solve: 'euler', 'midpoint', ..."))
 
+    cpu_threads: int | None = field(
+        default=None,
+        metadata=_help("Threads a process on a CPU; default: the cores there are, at most 8. (accelerate allows 1.)"),
+    )
     output_dir: str = field(  # type: ignore[assignment]
         default="runs/demo", metadata=_help("Everything a run writes: samples, checkpoints, report.html, policy/.")
     )
@@ -92,7 +114,10 @@ class RLHFConfig(TrainingArguments):
     save_strategy: str = field(default="steps", metadata=_help("When to write checkpoints."))  # type: ignore[assignment]
     save_steps: float = field(default=100, metadata=_help("Updates between two checkpoints."))
     save_total_limit: int | None = field(default=1, metadata=_help("Checkpoints to keep."))
-    report_to: None | str | list[str] = field(default="none", metadata=_help("Trackers: wandb, tensorboard, ..."))
+    # In this order: HfArgumentParser takes the second of three types.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata=_help("Trackers: wandb, tensorboard, ...")
+    )
     remove_unused_columns: bool = field(
         default=False, metadata=_help("Prompts carry every column to the rewards: must stay False.")
     )
@@ -102,8 +127,11 @@ class RLHFConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._as_given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         _check_numbers(self)
         self.reward_models = list(self.reward_models)
+        # Without this, transformers takes the processes of a data-parallel run on CPUs for runs of their own.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         _check_rewards(self.reward_models, self.reward_weights)
         load_algorithm(self.algorithm, self.algorithm_options, beta=self.beta)
@@ -162,7 +190,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RLHFConfig, Mode
     Raises:
         ValueError: an unknown key, or a value that cannot be meant.
     """
-    parser = TrlParser((RLHFConfig, ModelConfig), allow_abbrev=False)
+    parser = TrlParser((RLHFConfig, ModelConfig), allow_abbrev=False)  # type: ignore[arg-type]
     config, model_config, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     if unknown:
         raise ValueError(_unknown_keys(unknown))
@@ -198,23 +226,29 @@ def check_model_config(model_config: ModelConfig) -> None:
 
 def lora_config(model_config: ModelConfig) -> LoraConfig | None:
     """TRL's `get_peft_config` without its language-model task type; default targets: those of `policy.add_lora`."""
-    config = get_peft_config(model_config)
-    if config is not None:
-        config.task_type = None
+    config: Any = get_peft_config(model_config)
+    if config is None:
+        return None
+    config.task_type = None
+    if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
+        # TRL takes a list of one for a string, which peft would read as a pattern for the whole name.
+        config.target_modules = {config.target_modules}
     return config
 
 
 def resolved(config: RLHFConfig, peft_config: LoraConfig | None = None) -> dict[str, Any]:
-    """What reproduces a run by `--config`: our own fields, and every other that differs from its default."""
+    """What reproduces a run by `--config`: our own fields, and each inherited one that was given another value."""
+    # Not by comparison with a second RLHFConfig(): a new TrainingArguments resets Accelerate under a running trainer.
     own = RLHFConfig.__annotations__
-    default = RLHFConfig(output_dir=config.output_dir).to_dict()
-    settable = {f.name for f in dataclasses.fields(config) if f.init}
-    values = {
+    values = {name: value for name, value in config.to_dict().items() if name in own}
+    fields = dataclasses.fields(TrainingArguments)
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields}
+    given = {
         name: value
-        for name, value in config.to_dict().items()
-        if name in settable and (name in own or value != default[name])
+        for name, value in config._as_given.items()
+        if name not in own and value != defaults[name] and name not in NOT_SAVED
     }
-    return values | _lora_fields(peft_config)
+    return values | given | _lora_fields(peft_config)
 
 
 def _lora_fields(peft_config: LoraConfig | None) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Dataset:
-    """Rows as a table with every row's columns (`Dataset.from_list` takes those of the first row and drops the rest)."""
+    """Rows as a table of every row's columns (`Dataset.from_list` takes the first row's and drops all others)."""
     columns = dict.fromkeys(name for row in rows for name in row)
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
 

@@ -252,17 +252,17 @@ SLACK = 1e-6
 """A change at its limit is within it, whatever rounding says."""
 
 GUARDS: Mapping[str, Guard] = {
-    "dnsmos_ovrl": Guard("at least +0.05", lambda change: change >= 0.05 - SLACK),
-    "cer": Guard("at most +0.01", lambda change: change <= 0.01 + SLACK),
-    "voice_similarity": Guard("at least -0.02", lambda change: change >= -0.02 - SLACK),
+    "dnsmos_ovrl": Guard("rise of at least 0.05", lambda change: change >= 0.05 - SLACK),
+    "cer": Guard("rise of at most 0.01", lambda change: change <= 0.01 + SLACK),
+    "voice_similarity": Guard("drop of at most 0.02", lambda change: change >= -0.02 - SLACK),
     "level_dbfs": Guard("within 1.5 dB", lambda change: abs(change) <= 1.5 + SLACK),
     "silence_ratio": Guard(
-        "no clip more than +0.2",
+        "no clip up by more than 0.2",
         lambda change: change <= 0.2 + SLACK,
         lambda before, after: float(np.max(after - before)),
     ),
     "duration_s": Guard(
-        "no clip shorter by more than 20 %",
+        "no clip down by more than 20 %",
         lambda change: change >= -0.2 - SLACK,
         lambda before, after: float(np.min(after / np.maximum(before, FRAME_S) - 1)),
     ),

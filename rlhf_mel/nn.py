@@ -197,7 +197,9 @@ class SelfAttention(nn.Module):
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.to_q, self.to_k, self.to_v)
         )
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+            # in the dtype of the weights: under autocast these stay float32
+            query = self.q_norm(query.to(self.q_norm.weight.dtype)).to(value.dtype)
+            key = self.k_norm(key.to(self.k_norm.weight.dtype)).to(value.dtype)
         query, key = apply_rope(query, rope, self.pe_attn_head), apply_rope(key, rope, self.pe_attn_head)
         attended = mask[:, None, None, :] if self.attn_mask_enabled and mask is not None else None
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=attended)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator for a batch, one for each item, or None: PyTorch's global one."""
 
 
+@runtime_checkable
 class Policy(Protocol):
     """A flow that turns noise into mel."""
 

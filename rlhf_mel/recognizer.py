@@ -241,6 +241,7 @@ def save_recognizer(recognizer: Recognizer, folder: Path, **card: Any) -> None:
     spec = asdict(recognizer.mel_spec)
     config = {"alphabet": ALPHABET, "arch": recognizer.arch, "mel_spec": spec, **card}
     save_file(weights, folder / "recognizer.safetensors.part")
+    (folder / "recognizer.safetensors.part").chmod(0o644)  # safetensors makes it private
     (folder / "recognizer.json.part").write_text(json.dumps(config, indent=1) + "\n")
     for file_name in ("recognizer.safetensors", "recognizer.json"):
         (folder / f"{file_name}.part").replace(folder / file_name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,7 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--typecheck",
         action="store_true",
-        help="check the shapes and dtypes of annotated functions (jaxtyping and beartype)",
+        help="check arguments and results of every annotated function as it is called (jaxtyping, beartype)",
     )
 
 
@@ -21,4 +24,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--typecheck"):
         from jaxtyping import install_import_hook
 
-        install_import_hook(["rlhf_mel", "reward_models"], "beartype.beartype")
+        # Not config.py: a TrainingArguments is given, by its own parser, what its annotations do not allow.
+        files = (Path(__file__).parents[1] / "rlhf_mel").iterdir()
+        modules = [f"rlhf_mel.{file.stem}" for file in files if file.stem not in ("__init__", "config")]
+        install_import_hook([*modules, "reward_models"], "conftest.checked")
+
+
+def checked(function: Any) -> Any:
+    """`function` with its annotations checked; as it is where they cannot be (protocols, names of TYPE_CHECKING)."""
+    from beartype import BeartypeConf, BeartypeStrategy, beartype
+    from beartype.roar import BeartypeDecorHintException
+
+    try:
+        return beartype(conf=BeartypeConf(strategy=BeartypeStrategy.O1, is_pep484_tower=True))(function)
+    except BeartypeDecorHintException:
+        return function

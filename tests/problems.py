@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from rlhf_mel.cfm import CFM
 from rlhf_mel.models.dit import DiT
+from rlhf_mel.text import load_tokenizer
+from rlhf_mel.types import Prompts
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,26 @@ def tiny_dit(**options: Any) -> DiT:
 def tiny_cfm(dit: Mapping[str, Any] | None = None, **options: Any) -> CFM:
     options = {"mel_spec_kwargs": MEL, "vocab_char_map": dict(VOCABULARY), **options}
     return CFM(tiny_dit(**(dit or {})), **options)
+
+
+def tiny_policy(dit: Mapping[str, Any] | None = None) -> CFM:
+    """A CFM that can read prompts: characters of VOCABULARY, frames of 64 samples at 24 kHz."""
+    return tiny_cfm(dit, tokenizer=load_tokenizer("char"))
+
+
+def tiny_prompts(**changes: Any) -> Prompts:
+    """Three prompts: references of 13, 9 and 13 frames (hop 64), 30, 24 and 30 frames in all."""
+    lengths = torch.tensor([800, 560, 800])
+    audio = torch.randn(3, 800, generator=torch.Generator().manual_seed(2)) / 10
+    audio[1, 560:] = 0.0
+    fields = dict(
+        texts=["bad cab", "a fig", "decade"],
+        reference_audio=audio,
+        reference_lengths_samples=lengths,
+        reference_texts=["feed me", "jam", "a bed"],
+        durations_frames=torch.tensor([30, 24, 30]),
+    )
+    return Prompts(**{**fields, **changes})
 
 
 def peak_bytes(function: Callable[[], object]) -> int:

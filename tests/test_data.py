@@ -108,7 +108,7 @@ def test_a_broken_line_is_named(folder: Path, line: str, why: str) -> None:
 
 
 def test_a_missing_file_says_what_was_expected(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="expected 'tiny', a JSONL file, or a folder with heldout.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"expected 'tiny', a JSONL file, or a folder with heldout\.jsonl"):
         load_prompts(tmp_path / "none", split="heldout")
 
 

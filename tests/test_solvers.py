@@ -51,7 +51,7 @@ def test_other_methods_of_torchdiffeq_arrive(method: str) -> None:
     states = solve(FLOW.velocity, X0, t, method=method, odeint_kwargs=dict(rtol=1e-6, atol=1e-6))
     assert len(states) == 513 and torch.equal(states[0], X0)
     for state, time in zip(states[::128], t[::128], strict=True):
-        assert_close(state, FLOW.solution(X0, time), rtol=1e-4, atol=1e-4)
+        assert_close(state, FLOW.solution(X0, time), rtol=1e-3, atol=1e-3)
 
 
 def test_options_reach_torchdiffeq() -> None:

@@ -21,9 +21,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ Metrics = dict[str, Tensor]
 """Name to a scalar or to [B], one value a rollout (bool: counted, else averaged); `pool` makes the logged numbers."""
 
 
+@runtime_checkable
 class Algorithm(Protocol):
     """Turns prompts into a loss. Its class has a nested `Config`, a dataclass that checks its own values."""
 
@@ -52,9 +53,7 @@ class Algorithm(Protocol):
         """Raise a ValueError if the pipeline lacks something that the loss needs."""
         ...
 
-    def loss(
-        self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator
-    ) -> tuple[Tensor, Metrics]:
+    def loss(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """The loss of one batch, and what to log of it."""
         ...
 
@@ -122,8 +121,10 @@ class Pipeline:
 
 def require_reward_gradient(name: str, pipeline: Pipeline) -> None:
     """Raise if the vocoder or a reward has no gradient; `name` is the algorithm's."""
-    parts: dict[str, Any] = {f"reward {model.name!r}": model for model in pipeline.rewards.models}
-    lacking = [part for part, model in {"the vocoder": pipeline.vocoder, **parts}.items() if not model.differentiable]
+    weighted = zip(pipeline.rewards.models, pipeline.rewards.weights, strict=True)
+    parts = {f"reward {model.name!r}": model.differentiable for model, weight in weighted if weight != 0}
+    parts["the vocoder"] = pipeline.vocoder.differentiable
+    lacking = [part for part, differentiable in parts.items() if not differentiable]
     if lacking:
         raise ValueError(
             f"algorithm {name!r} follows the gradient of the reward through the waveform: expected every part to be "
@@ -282,12 +283,10 @@ def load_algorithm(name: str, options: Mapping[str, Any] | None = None, *, beta:
     return factory(factory.Config(**(options or {})), beta=beta)
 
 
-def _find(name: str) -> Callable[..., Algorithm] | Any:
+def _find(name: str) -> Any:
     if ":" in name:
         module_name, class_name = name.split(":", 1)
         return getattr(importlib.import_module(module_name), class_name)
     if name not in known_algorithms():
-        raise ValueError(
-            f"unknown algorithm {name!r}: expected one of {known_algorithms()} or 'package.module:Class'"
-        )
+        raise ValueError(f"unknown algorithm {name!r}: expected one of {known_algorithms()} or 'package.module:Class'")
     return importlib.import_module(f"rlhf_mel.algorithms.{name}").algorithm

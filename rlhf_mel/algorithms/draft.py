@@ -53,9 +53,7 @@ class Draft:
                 f"got {self.config.grad_steps}"
             )
 
-    def loss(
-        self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator
-    ) -> tuple[Tensor, Metrics]:
+    def loss(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         grad_steps = self.config.grad_steps or pipeline.sampling.steps
         spoken, anchor = pipeline.rollout(prompts, generator, grad_steps=grad_steps)
         rewards, metrics = pathwise_scores(pipeline, spoken, prompts)

@@ -55,9 +55,7 @@ class Refl:
     def check(self, pipeline: Pipeline) -> None:
         require_reward_gradient(self.name, pipeline)
 
-    def loss(
-        self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator
-    ) -> tuple[Tensor, Metrics]:
+    def loss(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         steps = pipeline.sampling.steps
         start = window_start(steps, self.config.window)
         step = int(torch.randint(start, steps, (), generator=generator))

@@ -10,7 +10,7 @@ import importlib
 import json
 import pkgutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..audio import MelSpec
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
+@runtime_checkable
 class Vocoder(Protocol):
     """Log mel to waveform. Never trained by RLHF: its parameters take no gradient, its input may."""
 

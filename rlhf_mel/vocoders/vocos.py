@@ -49,9 +49,7 @@ class VocosVocoder(nn.Module):
         self.eval().requires_grad_(False)
 
     @classmethod
-    def trainable(
-        cls, mel_spec: MelSpec, *, dim: int, intermediate_dim: int, num_layers: int
-    ) -> VocosVocoder:
+    def trainable(cls, mel_spec: MelSpec, *, dim: int, intermediate_dim: int, num_layers: int) -> VocosVocoder:
         """A fresh Vocos whose parameters take gradients."""
         backbone = VocosBackbone(
             input_channels=mel_spec.n_mels, dim=dim, intermediate_dim=intermediate_dim, num_layers=num_layers
@@ -160,6 +158,7 @@ def save(vocoder: VocosVocoder, folder: Path, **card: Any) -> None:
     weights |= {name: weights[name].half() for name, _ in vocoder.named_parameters()}
     config = {"vocoder": "vocos", "arch": vocoder.arch, "mel_spec": asdict(vocoder.mel_spec), **card}
     save_file(weights, folder / "vocoder.safetensors.part")
+    (folder / "vocoder.safetensors.part").chmod(0o644)  # safetensors makes it private
     (folder / "vocoder.json.part").write_text(json.dumps(config, indent=1) + "\n")
     for name in ("vocoder.safetensors", "vocoder.json"):
         (folder / f"{name}.part").replace(folder / name)

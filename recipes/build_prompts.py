@@ -1,0 +1,77 @@
+"""Choose the bundled prompts from a corpus: sentences to speak, and reference clips of each voice.
+
+Writes `train.jsonl` (200 sentences), `heldout.jsonl` (50) and `references/*.flac` into --out; a line is
+`{"id", "text", "voice", "reference_audio", "reference_text"}`, the path relative to the file. Held-out sentences and
+their reference clips are of the corpus's held-out side: no recipe has trained on them. Voices alternate.
+Hardware: any; seconds.
+    python recipes/build_prompts.py --data data/corpus --out rlhf_mel/assets/prompts
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import soundfile
+from corpus_data import is_held_out
+
+REFERENCE_S = (1.8, 2.6)
+WORDS = (5, 10)
+
+
+def references(clips: list[dict], voice: str, count: int, rng: random.Random) -> list[dict]:
+    """`count` clips of a voice, of a length that is enough to know it by and cheap to condition on."""
+    low, high = REFERENCE_S
+    fitting = [clip for clip in clips if clip["voice"] == voice and low <= clip["duration_s"] <= high]
+    return rng.sample(fitting, count)
+
+
+def prompts(clips: list[dict], count: int, references_per_voice: int, rng: random.Random) -> list[dict]:
+    """`count` sentences, each with the next voice and one of its reference clips, never the same sentence."""
+    voices = sorted({clip["voice"] for clip in clips})
+    known = {voice: references(clips, voice, references_per_voice, rng) for voice in voices}
+    taken = {clip["text"] for clips_of_voice in known.values() for clip in clips_of_voice}
+    texts = [clip["text"] for clip in clips if clip["text"] not in taken]
+    texts = [text for text in texts if WORDS[0] <= len(text.split()) <= WORDS[1]]
+    rows = []
+    for index, text in enumerate(rng.sample(texts, count)):
+        voice = voices[index % len(voices)]
+        reference = known[voice][index // len(voices) % references_per_voice]
+        rows.append({"text": text, "voice": voice, "reference": reference})
+    return rows
+
+
+def write(rows: list[dict], side: str, data: Path, out: Path) -> None:
+    lines = []
+    for index, row in enumerate(rows):
+        clip = row["reference"]
+        path = Path("references") / f"{clip['id']}.flac"
+        speech, sample_rate_hz = soundfile.read(data / clip["file"], dtype="int16")
+        soundfile.write(out / path, speech, sample_rate_hz)
+        line = {"id": f"{side}_{index:03d}", "text": row["text"], "voice": row["voice"]}
+        lines.append(json.dumps(line | {"reference_audio": path.as_posix(), "reference_text": clip["text"]}))
+    (out / f"{side}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--train", type=int, default=200)
+    parser.add_argument("--held_out", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    lines = (args.data / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    clips = [json.loads(line) for line in lines]
+    (args.out / "references").mkdir(parents=True, exist_ok=True)
+    train = [clip for clip in clips if not is_held_out(clip["text"])]
+    held_out = [clip for clip in clips if is_held_out(clip["text"])]
+    write(prompts(train, args.train, 4, rng), "train", args.data, args.out)
+    write(prompts(held_out, args.held_out, 2, rng), "heldout", args.data, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,422 @@
+"""report.html: a run on one page, for eyes and ears; no network, nothing beside it needed.
+
+Read from the run's folder: `summary.json`, `metrics.jsonl`, `config.yaml`, `samples/index.json` and its wav files (see
+trainer.py). The page says first what the judges make of the reward; then the numbers before and after, the trained
+reward apart from what no one trained on; the course of training; and what the same prompts and noise sound like.
+Pictures are inline SVG and PNG, sounds are FLAC (lossless), all inside the file.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_mel.audio import MelSpec, log_mel
+
+MAX_SAMPLES = 8
+MAX_BYTES = 5_500_000
+"""Samples beyond this are left out, and the page says so."""
+REFERENCE_S = 5.0
+"""Seconds of a reference clip that are kept: enough to know the voice."""
+MEL_RANGE = 10.0
+"""Nepers (87 dB) from black to the brightest of a prompt's pictures."""
+
+
+class Measure(NamedTuple):
+    label: str
+    better: str
+    """'higher', 'lower', or '' where a change is not good or bad by itself."""
+    digits: int = 3
+
+
+MEASURES: Mapping[str, Measure] = {
+    "dnsmos_ovrl": Measure("DNSMOS overall", "higher"),
+    "dnsmos_sig": Measure("DNSMOS speech", "higher"),
+    "dnsmos_bak": Measure("DNSMOS background", "higher"),
+    "cer": Measure("Character error rate", "lower"),
+    "voice_similarity": Measure("Voice similarity to the reference", "higher"),
+    "level_dbfs": Measure("Level of speech, dBFS", "", 1),
+    "silence_ratio": Measure("Share of silence", ""),
+    "duration_s": Measure("Seconds of speech", "", 2),
+    "f0_std_semitones": Measure("Pitch variation, semitones", "", 2),
+    "clipping_ratio": Measure("Share of clipped samples", "lower", 4),
+}
+NOT_SHOWN = ("reward", "reward_std")
+EXPLAINED: Mapping[str, str] = {
+    "confirmed": "The reward rose on prompts it was not trained on, a judge that was not trained on agrees, "
+    "and every guard held.",
+    "reward up, judge not convinced": "The reward rose, but a judge or guard that was not trained on does not confirm "
+    "it. Listen before you trust it: this is what reward hacking looks like.",
+    "reward not improved": "The reward did not rise on the held-out prompts.",
+}
+NO_VERDICT = "no held-out prompts"
+
+
+def write_report(output_dir: str | Path) -> Path:
+    """Write `output_dir`/report.html and return its path.
+
+    Raises:
+        FileNotFoundError: there is no summary.json; a run writes it at its end.
+    """
+    folder = Path(output_dir)
+    if not (folder / "summary.json").is_file():
+        raise FileNotFoundError(
+            f"{folder / 'summary.json'}: expected the summary of a finished run, found none; name its output_dir"
+        )
+    summary = json.loads((folder / "summary.json").read_text())
+    log = _read_log(folder / "metrics.jsonl")
+    config = folder / "config.yaml"
+    sections = [
+        _headline(summary),
+        _table(summary),
+        _course(summary, log),
+        _samples(folder / "samples"),
+        _details("Configuration", config.read_text()) if config.is_file() else "",
+    ]
+    title = f"{summary.get('algorithm', 'run')}: {summary.get('verdict', {}).get('overall', NO_VERDICT)}"
+    page = folder / "report.html"
+    page.write_text(PAGE.replace("{title}", escape(title)).replace("{body}", "\n".join(sections)), encoding="utf-8")
+    return page
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _headline(summary: Mapping[str, Any]) -> str:
+    overall = summary.get("verdict", {}).get("overall", NO_VERDICT)
+    explained = EXPLAINED.get(overall, "Nothing was heard before and after, so nothing can be said.")
+    tone = {"confirmed": "good", "reward up, judge not convinced": "bad"}.get(overall, "plain")
+    facts = {
+        "algorithm": summary.get("algorithm"),
+        "updates": summary.get("steps"),
+        "minutes": f"{summary['seconds'] / 60:.1f}" if summary.get("seconds") is not None else None,
+        "device": summary.get("device"),
+        "seed": summary.get("seed"),
+        "policy": summary.get("policy"),
+    }
+    items = "".join(
+        f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items() if value is not None
+    )
+    return (
+        f'<header><h1><span class="{tone} mark"></span>{escape(overall[:1].upper() + overall[1:])}</h1>'
+        f"<p>{explained}</p>{_evidence(summary)}<dl>{items}</dl></header>"
+    )
+
+
+def _evidence(summary: Mapping[str, Any]) -> str:
+    """The reward and the judge from before to after, and which guards failed, in a line."""
+    before, after = summary.get("before") or {}, summary.get("after") or {}
+    pairs = [
+        f"{label} <b>{_number(before.get(name), 2)} → {_number(after.get(name), 2)}</b>"
+        for name, label in (("reward", "Trained reward"), ("dnsmos_ovrl", "judge (DNSMOS overall)"))
+        if name in before
+    ]
+    guards = summary.get("verdict", {}).get("guards", {})
+    failed = [
+        escape(_measure(name).label.split(",")[0]) for name, guard in guards.items() if guard.get("status") == "worse"
+    ]
+    said = f'<p class="evidence">{", ".join(pairs)}.</p>' if pairs else ""
+    return said + (f'<p class="bad">Beyond its limit: {", ".join(failed)}.</p>' if failed else "")
+
+
+def _table(summary: Mapping[str, Any]) -> str:
+    before, after = summary.get("before") or {}, summary.get("after") or {}
+    if not before or not after:
+        return ""
+    guards = summary.get("verdict", {}).get("guards", {})
+    rewards = [name for name in before if name.startswith("rewards/") and name.endswith("/mean")]
+    judges = [
+        name for name in before if not name.startswith("rewards/") and name not in (*NOT_SHOWN, "dropped_rollouts")
+    ]
+    judges.sort(key=lambda name: (name not in MEASURES, [*MEASURES, name].index(name)))
+    total = ["reward"] if len(rewards) > 1 else []
+    dropped = max(before.get("dropped_rollouts") or 0, after.get("dropped_rollouts") or 0)
+    note = f'<p class="bad">{dropped:g} prompts had no finite reward and are not in its mean.</p>' if dropped else ""
+    return f"""<section><h2>Before and after, on held-out prompts</h2>
+<div class="wide"><table>
+<thead><tr><th>measure</th><th>before</th><th>after</th><th>change</th><th>limit</th><th></th></tr></thead>
+<tbody class="trained"><tr><th colspan="6">Trained on: the reward</th></tr>
+{"".join(_row(name, before, after, {}) for name in [*total, *rewards])}</tbody>
+<tbody><tr><th colspan="6">Never trained on: judges and guards</th></tr>
+{"".join(_row(name, before, after, guards.get(name, {})) for name in judges)}
+{"".join(_unmeasured(name, guards[name]) for name in guards if name not in before)}</tbody>
+</table></div>{note}</section>"""
+
+
+def _measure(name: str) -> Measure:
+    if name == "reward":
+        return Measure("Weighted sum", "higher")
+    if name.startswith("rewards/"):
+        return Measure(name.split("/")[1], "higher")
+    return MEASURES.get(name, Measure(name, ""))
+
+
+def _row(name: str, before: Mapping[str, Any], after: Mapping[str, Any], guard: Mapping[str, Any]) -> str:
+    label, better, digits = _measure(name)
+    change = _difference(before.get(name), after.get(name))
+    status = guard.get("status", "")
+    improved = bool(change) and (change or 0) * {"higher": 1, "lower": -1, "": 0}[better] > 0
+    # What has no limit, or stays within it without improving, is left uncoloured: it may be noise.
+    tone = "bad" if status == "worse" else "good" if improved and (status or "reward" in name) else ""
+    return (
+        f"<tr><td>{escape(label)}</td><td>{_number(before.get(name), digits)}</td>"
+        f"<td>{_number(after.get(name), digits)}</td>"
+        f'<td class="{tone}">{_number(change, digits, signed=True)}{_error(guard, digits)}</td>'
+        f'<td class="words">{escape(guard.get("limit", ""))}{_worst(name, guard, change)}</td>'
+        f'<td class="words {"bad" if status == "worse" else ""}">{escape(status)}</td></tr>'
+    )
+
+
+def _unmeasured(name: str, guard: Mapping[str, Any]) -> str:
+    return (
+        f"<tr><td>{escape(_measure(name).label)}</td><td></td><td></td><td></td>"
+        f'<td class="words">{escape(guard.get("limit", ""))}</td><td class="words">not measured</td></tr>'
+    )
+
+
+def _error(guard: Mapping[str, Any], digits: int) -> str:
+    error = guard.get("standard_error")
+    return f' <small title="standard error over prompts">± {error:.{digits}f}</small>' if _finite(error) else ""
+
+
+def _worst(name: str, guard: Mapping[str, Any], change: float | None) -> str:
+    """The worst clip's change, where the guard looks at that instead of the mean."""
+    worst = guard.get("change")
+    if name not in ("silence_ratio", "duration_s") or not _finite(worst) or not _finite(change):
+        return ""
+    shown = f"{worst:+.0%}" if name == "duration_s" else f"{worst:+.2f}"
+    return f" <small>(worst {shown.replace('-', '−')})</small>"
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _difference(before: Any, after: Any) -> float | None:
+    return after - before if _finite(before) and _finite(after) else None
+
+
+def _number(value: Any, digits: int, *, signed: bool = False) -> str:
+    if not _finite(value):
+        return "–"
+    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "−")
+
+
+def _course(summary: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> str:
+    trained = [line for line in log if _finite(line.get("reward"))]
+    if not trained:
+        return ""
+    return (
+        "<section><h2>The course of training</h2><p>Left: the reward, on training prompts as it went (line and spread)"
+        " and on held-out prompts (dots). Right: the judge that was not trained on, held-out prompts.</p>"
+        f'<figure class="wide">{_curves(summary, log, trained)}</figure></section>'
+    )
+
+
+def _curves(summary: Mapping[str, Any], log: Sequence[Mapping[str, Any]], trained: Sequence[Mapping[str, Any]]) -> str:
+    """Reward and judge over updates as inline SVG, in the text's colour."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    text = "#010203"  # replaced by the page's own colour
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "rlhf_mel", "font.family": "sans-serif", "font.size": 9}
+    style |= {key: text for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(9, 2.6), layout="constrained")
+        rewards, judge = figure.subplots(1, 2, sharex=True)
+        steps = [line["step"] for line in trained]
+        means = [line["reward"] for line in trained]
+        spread = [line.get("reward_std") or 0 for line in trained]
+        rewards.plot(steps, means, color="#d9822b", linewidth=1.6)
+        low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+        rewards.fill_between(steps, low, high, color="#d9822b", alpha=0.18, linewidth=0)
+        rewards.plot(*_heldout("reward", summary, log), "o", color="#d9822b", markersize=5)
+        judge.plot(*_heldout("dnsmos_ovrl", summary, log), "o--", color="#2b8a9d", linewidth=1, markersize=5)
+        for axes, title in ((rewards, "reward (trained)"), (judge, "DNSMOS overall (judge)")):
+            axes.set_title(title, loc="left", fontsize=9)
+            axes.set_xlabel("update")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.patch.set_alpha(0)
+        if not len(judge.lines[0].get_xdata()):
+            judge.text(0.5, 0.5, "not measured", ha="center", transform=judge.transAxes)
+        else:
+            _at_least(judge, 0.3)
+        file = io.StringIO()
+        figure.savefig(
+            file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    svg = file.getvalue()
+    return svg[svg.index("<svg") :].replace(text, "currentColor")
+
+
+def _at_least(axes: Any, height: float) -> None:
+    """A vertical range of at least `height`, so that noise does not fill the picture."""
+    low, high = axes.get_ylim()
+    if high - low < height:
+        middle = (low + high) / 2
+        axes.set_ylim(middle - height / 2, middle + height / 2)
+
+
+def _heldout(
+    name: str, summary: Mapping[str, Any], log: Sequence[Mapping[str, Any]]
+) -> tuple[list[float], list[float]]:
+    """Updates and values of a held-out measure: before, at evaluations during training, after."""
+    points: dict[float, Any] = {0: (summary.get("before") or {}).get(name)}
+    points |= {line["step"]: line[f"eval_{name}"] for line in log if f"eval_{name}" in line}
+    points[summary.get("steps") or max(line["step"] for line in log)] = (summary.get("after") or {}).get(name)
+    known = {step: value for step, value in points.items() if _finite(value)}
+    return list(known), list(known.values())
+
+
+def _samples(folder: Path) -> str:
+    if not (folder / "index.json").is_file():
+        return ""
+    index = json.loads((folder / "index.json").read_text())
+    cards: list[str] = []
+    for sample in index[:MAX_SAMPLES]:
+        card = _card(folder, sample)
+        if cards and sum(map(len, cards)) + len(card) > MAX_BYTES:
+            break
+        cards.append(card)
+    left_out = len(index) - len(cards)
+    more = f"<p>{left_out} more are in <code>{escape(folder.name)}/</code>.</p>" if left_out else ""
+    return (
+        "<section><h2>Listen</h2><p>The same text, voice and noise, spoken before and after training.</p>"
+        f"{''.join(cards)}{more}</section>"
+    )
+
+
+def _card(folder: Path, sample: Mapping[str, Any]) -> str:
+    sounds = {kind: _read_wav(folder / sample[kind]) for kind in ("reference", "before", "after")}
+    pictures = {kind: _mel(*sounds[kind]) for kind in ("before", "after")}
+    brightest = max(picture.max().item() for picture in pictures.values())
+    columns = [
+        f"<div><h4>{kind}</h4>{_image(pictures[kind], brightest, f'mel, {kind} training')}"
+        f"{_player(*sounds[kind])}{_scores(sample.get(f'scores_{kind}') or {}, sample.get(f'transcript_{kind}'))}</div>"
+        for kind in ("before", "after")
+    ]
+    waveform, rate_hz = sounds["reference"]
+    cut = len(waveform) > REFERENCE_S * rate_hz
+    who = f"voice {sample['voice']}" if sample.get("voice") is not None else "reference voice"
+    reference = (
+        f'<div class="reference"><span>{escape(who)}{f", first {REFERENCE_S:g} s" if cut else ""}</span>'
+        f"{_player(waveform[: int(REFERENCE_S * rate_hz)], rate_hz)}</div>"
+    )
+    return (
+        f"<article><h3>{escape(sample['text'])} <small>{escape(str(sample.get('id', '')))}</small></h3>"
+        f'<div class="pair">{"".join(columns)}</div>{reference}</article>'
+    )
+
+
+def _read_wav(path: Path) -> tuple[Tensor, int]:
+    import soundfile  # loads a C library
+
+    waveform, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
+    return torch.from_numpy(waveform[:, 0].copy()), int(rate_hz)
+
+
+def _mel(waveform: Tensor, rate_hz: int) -> Tensor:
+    spec = MelSpec(sample_rate_hz=rate_hz)
+    missing = max(spec.n_fft - len(waveform), 0)
+    return log_mel(torch.nn.functional.pad(waveform, (0, missing))[None], spec)[0]
+
+
+def _image(mel: Tensor, brightest: float, alt: str) -> str:
+    from matplotlib.image import imsave
+
+    file = io.BytesIO()
+    imsave(file, mel.T.numpy(), vmin=brightest - MEL_RANGE, vmax=brightest, cmap="magma", origin="lower", format="png")
+    return f'<img alt="{alt}" src="data:image/png;base64,{_base64(file)}">'
+
+
+def _player(waveform: Tensor, rate_hz: int) -> str:
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, waveform.numpy(), rate_hz, format="FLAC", subtype="PCM_16")
+    return f'<audio controls preload="metadata" src="data:audio/flac;base64,{_base64(file)}"></audio>'
+
+
+def _base64(file: io.BytesIO) -> str:
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _scores(scores: Mapping[str, Any], transcript: str | None) -> str:
+    shown = [name for name in scores if name.startswith("rewards/")]
+    shown += [name for name in ("dnsmos_ovrl", "cer", "voice_similarity") if name in scores]
+    short = {"dnsmos_ovrl": "DNSMOS", "cer": "CER", "voice_similarity": "voice"}
+    values = (f"<b>{_number(scores[name], 2)}</b> {escape(short.get(name, _measure(name).label))}" for name in shown)
+    heard = f"<p>heard as “{escape(transcript)}”</p>" if transcript else ""
+    return f'<p class="scores">{_join(values)}</p>{heard}'
+
+
+def _join(values: Iterable[str]) -> str:
+    return "".join(f"<span>{value}</span>" for value in values)
+
+
+def _details(title: str, text: str) -> str:
+    return f"<section><details><summary>{title}</summary><pre>{escape(text)}</pre></details></section>"
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+:root { color-scheme: light dark; --text: #1d2126; --soft: #69717b; --line: #dfe3e8; --page: #fff; --panel: #f6f7f9;
+  --good: #1a7f4b; --bad: #b3372b; --trained: #d9822b; }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e7eb; --soft: #98a1ab; --line: #343a42; --page: #16191d;
+  --panel: #1f2329; --good: #58c48b; --bad: #ef8377; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem; background: var(--page); color: var(--text);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
+h2 { font-size: 1.2rem; margin: 0 0 .5rem; }
+h3 { font-size: 1.05rem; margin: 0 0 .6rem; font-weight: 600; }
+h4 { font-size: .85rem; margin: 0 0 .25rem; color: var(--soft); font-weight: 500; }
+p { margin: 0 0 .7rem; max-width: 46rem; }
+section { margin-top: 2.6rem; }
+small { color: var(--soft); font-weight: 400; font-size: .82em; }
+.mark { display: inline-block; width: .6em; height: .6em; border-radius: 50%; margin-right: .45em;
+  background: var(--soft); }
+.mark.good { background: var(--good); } .mark.bad { background: var(--bad); }
+dl { display: flex; flex-wrap: wrap; gap: .3rem 1.8rem; margin: 1rem 0 0; font-size: .9rem; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+p.evidence { font-size: 1.05rem; }
+.wide { overflow-x: auto; margin: 0; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .94rem; }
+th, td { padding: .32rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child, td.words { text-align: left; }
+thead th { color: var(--soft); font-weight: 500; font-size: .85rem; }
+thead th:nth-child(5) { text-align: left; }
+tbody th { padding-top: 1.1rem; font-size: .85rem; font-weight: 600; }
+tbody.trained td { background: color-mix(in srgb, var(--trained) 9%, transparent); }
+td.words { font-size: .87rem; color: var(--soft); }
+td.good { color: var(--good); } .bad, td.bad { color: var(--bad); }
+figure svg { width: 100%; min-width: 36rem; height: auto; font-family: inherit; }
+article { background: var(--panel); border-radius: 10px; padding: 1rem 1.1rem; margin-top: 1rem; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.1rem; }
+img { display: block; width: 100%; height: 8.5rem; border-radius: 5px; }
+audio { display: block; width: 100%; height: 2.2rem; margin-top: .5rem; }
+.scores { display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin: .45rem 0 0; font-size: .88rem; color: var(--soft); }
+.scores b { color: var(--text); font-weight: 600; font-variant-numeric: tabular-nums; }
+.reference { display: flex; align-items: center; gap: 1rem; margin-top: .6rem; font-size: .88rem; color: var(--soft); }
+.reference span { flex: none; } .reference audio { margin: 0; max-width: 22rem; }
+pre { overflow-x: auto; background: var(--panel); padding: .9rem 1.1rem; border-radius: 10px; font-size: .85rem; }
+summary { cursor: pointer; font-weight: 600; }
+@media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } }
+</style></head><body>
+{body}
+</body></html>
+"""

@@ -1,0 +1,443 @@
+"""RLHFTrainer: `transformers.Trainer` driving an algorithm, and the run folder it leaves behind.
+
+    loss(theta) = algorithm.loss(policy -> vocoder -> rewards)
+
+What Accelerate wraps is `UpdateLoss`: the policy is its only child, its `forward` is the loss. So DDP's hooks fire,
+and what is frozen (vocoder, rewards, reference policy) is in no bucket, checkpoint or optimizer. Gradient accumulation,
+clipping, schedules, checkpoints and resuming are the Trainer's.
+
+The noise of every update is a function of (seed, step, process, micro-batch) and the order of the prompts one of (seed,
+epoch): a resumed run needs no saved generator to continue as the uninterrupted one.
+
+    output_dir/  config.yaml  metrics.jsonl  checkpoint-N/  samples/  summary.json  report.html  policy/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from rlhf_mel.algorithms.base import Algorithm, Metrics, Pipeline, Sampling, load_algorithm, pool
+from rlhf_mel.checkpoints import load_policy, save_policy
+from rlhf_mel.config import RLHFConfig, save_config
+from rlhf_mel.data import GroupSampler, PromptDataset, load_prompts, mix_seed
+from rlhf_mel.evaluate import EvaluationResult, evaluate, verdict
+from rlhf_mel.policy import ReferencePolicy, add_lora
+from rlhf_mel.recognizer import Recognizer, load_recognizer
+from rlhf_mel.report import write_report
+from rlhf_mel.rewards import Rewards, RewardSpec
+from rlhf_mel.types import Prompts
+from rlhf_mel.vocoders import Vocoder, load_vocoder
+
+SHOWN = ("reward", "dnsmos_ovrl", "cer", "voice_similarity")
+"""What the console says of an evaluation; summary.json and report.html have all of it."""
+
+
+class UpdateLoss(nn.Module):
+    """The loss of an update as a module: what Accelerate wraps. Its only child is the policy."""
+
+    accepts_loss_kwargs = False  # a mean over the batch: the Trainer divides it by gradient_accumulation_steps
+
+    def __init__(self, algorithm: Algorithm, pipeline: Pipeline) -> None:
+        super().__init__()
+        self.policy = pipeline.policy
+        self.algorithm = algorithm
+        self.pipeline = pipeline  # no nn.Module: whatever is frozen stays out of parameters() and state_dict()
+
+    def forward(self, prompts: Prompts, noise_seed: int) -> dict[str, Tensor | Metrics]:
+        # On the CPU, so that a seed means the same noise on every device.
+        generator = torch.Generator().manual_seed(noise_seed)
+        loss, metrics = self.algorithm.loss(self.pipeline, prompts, generator)
+        return {"loss": loss, "metrics": metrics}
+
+
+class RLHFTrainer(Trainer):
+    """Trains `policy` towards what `reward_models` like.
+
+    Args:
+        policy: a policy or the name of one; it is trained in place. None: `args.policy`.
+        reward_models: rewards, or names of them; None: `args.reward_models`.
+        args: the run; None: the bundled demo.
+        vocoder, recognizer: as objects or names; None: those `args` names. Both are frozen.
+        train_dataset, eval_dataset: prompts, or names of them; None: those `args` names. Of `eval_dataset` the first
+            `args.num_eval_prompts` are heard before and after training.
+        peft_config: train LoRA adapters instead of all weights.
+        callbacks: of transformers.
+    """
+
+    args: RLHFConfig
+
+    def __init__(
+        self,
+        policy: Any = None,
+        reward_models: RewardSpec | Sequence[RewardSpec] | None = None,
+        args: RLHFConfig | None = None,
+        *,
+        vocoder: Vocoder | str | None = None,
+        recognizer: Recognizer | str | None = None,
+        train_dataset: PromptDataset | str | Path | None = None,
+        eval_dataset: PromptDataset | str | Path | None = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        args = args or RLHFConfig()
+        _check_launch(args)
+        self.peft_config = peft_config
+        algorithm = load_algorithm(args.algorithm, args.algorithm_options, beta=args.beta)
+        rewards = _as_rewards(args.reward_models if reward_models is None else reward_models, args.reward_weights)
+        policy = policy if isinstance(policy, nn.Module) else load_policy(policy or args.policy)
+        vocoder = load_vocoder(vocoder or args.vocoder) if vocoder is None or isinstance(vocoder, str) else vocoder
+        self.prompts = _as_prompts(train_dataset, args.train_prompts, "train", policy)
+        self.heldout = _heldout(eval_dataset, args, policy)
+        self.recognizer = _as_recognizer(args.recognizer if recognizer is None else recognizer, self.heldout)
+        self.pipeline = _pipeline(policy, vocoder, rewards, args, peft_config)
+        algorithm.check(self.pipeline)
+        for part in (vocoder, *rewards.models, self.recognizer):
+            _freeze(part, args.device)
+        self._pending: list[Metrics] = []
+        self._micro_batch = (-1, 0)
+        self._clock = StepClock()
+        super().__init__(
+            model=UpdateLoss(algorithm, self.pipeline),
+            args=args,
+            data_collator=partial(_collate, self.prompts),
+            train_dataset=self.prompts,
+            eval_dataset=self.heldout,
+            callbacks=[self._clock, MetricsFile(Path(args.output_dir)), *(callbacks or [])],
+        )
+        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        self.add_callback(Console())
+
+    @property
+    def policy(self) -> Any:
+        """The policy that is trained, without what wraps it."""
+        return self.pipeline.policy
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
+        """Listen to the held-out prompts, train, listen again; then write policy, samples, summary and report."""
+        folder = Path(self.args.output_dir)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_config(folder / "config.yaml", self.args, self.peft_config)
+            print(self._title(), flush=True)
+        self._micro_batch = (-1, 0)
+        started = time.monotonic()
+        before = self._listen("before")
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        after = self._listen("after")
+        if self.args.should_save:
+            save_policy(self.policy, folder / "policy")
+            self._write_results(folder, before, after, seconds=time.monotonic() - started)
+        self.accelerator.wait_for_everyone()
+        return output
+
+    def _title(self) -> str:
+        trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad) / 1e6
+        rewards = " + ".join(self.pipeline.rewards.names)
+        where = f"{self.args.world_size} x {_device_name(self.args.device)}"
+        return (
+            f"{self.args.algorithm}: {trained:.1f} M parameters towards {rewards}, {len(self.prompts)} prompts, {where}"
+        )
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        outputs = model(prompts=inputs["prompts"], noise_seed=self._noise_seed())
+        self._pending.append(outputs["metrics"])
+        return outputs["loss"]
+
+    def _noise_seed(self) -> int:
+        """Of (seed, step, process, micro-batch): the same in a resumed run, different everywhere else."""
+        step, index = self._micro_batch
+        self._micro_batch = (self.state.global_step, index + 1 if step == self.state.global_step else 0)
+        return mix_seed(self.args.seed, self.state.global_step, self.args.process_index, self._micro_batch[1])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics of all updates, micro-batches and processes since the last line."""
+        if "loss" in logs:
+            logs |= self._pooled() | {"step_time": self._clock.pop()}
+        super().log(logs, start_time)
+
+    def _pooled(self) -> dict[str, float]:
+        mine = [{name: value.flatten().tolist() for name, value in batch.items()} for batch in self._pending]
+        self._pending.clear()
+        return pool(gather_object(mine))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> GroupSampler:
+        return GroupSampler(
+            len(self.prompts),
+            num_generations=self.args.num_generations,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """What rlhf_mel.evaluate says of the held-out prompts; in a distributed run the main process listens."""
+        result = self._listen(f"step {self.state.global_step}")
+        shared = [None if result is None else result.metrics]
+        broadcast_object_list(shared)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in (shared[0] or {}).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _listen(self, when: str) -> EvaluationResult | None:
+        """Evaluate on the main process, the others wait; None there, and where there is no held-out prompt."""
+        result = None
+        if self.heldout and self.args.should_save:
+            result = evaluate(
+                self.policy,
+                self.pipeline.vocoder,
+                self.pipeline.rewards,
+                _all_prompts(self.heldout).to(self.args.device),
+                steps=self.args.sampling_steps,
+                cfg_strength=self.args.cfg_strength,
+                sway_sampling_coef=self.args.sway_sampling_coef,
+                seed=self.args.seed,
+                recognizer=self.recognizer,
+                batch_size=self.args.per_device_eval_batch_size,
+            )
+            shown = {name: result.metrics[name] for name in SHOWN if name in result.metrics}
+            print(f"{when:>8}: {len(self.heldout)} held-out prompts  {_line(shown)}", flush=True)
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def _write_results(
+        self, folder: Path, before: EvaluationResult | None, after: EvaluationResult | None, seconds: float
+    ) -> None:
+        summary: dict[str, Any] = {
+            "algorithm": self.args.algorithm,
+            "seed": self.args.seed,
+            "steps": self.state.global_step,
+            "seconds": round(seconds, 1),
+            "device": _device_name(self.args.device),
+            "before": before.metrics if before else {},
+            "after": after.metrics if after else {},
+            "verdict": verdict(before, after) if before and after else {},
+            "policy": str(folder / "policy"),
+        }
+        _write_json(folder / "summary.json", summary)
+        if self.heldout and before and after:
+            write_samples(folder / "samples", _all_prompts(self.heldout), before, after)
+            print(f" verdict: {summary['verdict']['overall']}", flush=True)
+        print(f"  report: {write_report(folder)}", flush=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Export the policy alone (checkpoints of the Trainer hold the same weights under `policy.`)."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+        elif self.args.should_save:
+            save_policy(self.policy, output_dir or Path(self.args.output_dir) / "policy")
+
+
+class StepClock(TrainerCallback):
+    """Seconds an update, checkpoints and evaluations between updates left out."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._seconds.append(time.perf_counter() - self._started)
+
+    def pop(self) -> float:
+        """Mean since the last call."""
+        seconds, self._seconds = self._seconds, []
+        return sum(seconds) / max(len(seconds), 1)
+
+
+class MetricsFile(TrainerCallback):
+    """metrics.jsonl: one JSON object a log line. A resumed run drops the lines after its checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "metrics.jsonl"
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        lines = self._file.read_text().splitlines() if self._file.exists() and state.global_step else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self._file.write_text("".join(f"{line}\n" for line in kept))
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:
+            with self._file.open("a") as file:
+                file.write(json.dumps(_json_ready({"step": state.global_step, **logs})) + "\n")
+
+
+class Console(ProgressCallback):
+    """A line a log step of what one watches, and on a terminal a progress bar."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not args.disable_tqdm and sys.stderr.isatty():
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "reward" not in logs:
+            return
+        watched = ("reward", "anchor", "loss", "grad_norm", "step_time", "dropped_rollouts")
+        shown = {name: logs[name] for name in logs if name in watched and (name != "dropped_rollouts" or logs[name])}
+        write = print if self.training_bar is None else self.training_bar.write
+        write(f"{state.global_step:>8}/{state.max_steps}  {_line(shown)}")
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+
+def write_samples(folder: Path, prompts: Prompts, before: EvaluationResult, after: EvaluationResult) -> None:
+    """samples/: what each held-out prompt sounded like before and after, its reference clip, and index.json."""
+    import soundfile  # loads a C library that training itself does not need
+
+    folder.mkdir(parents=True, exist_ok=True)
+    references = [
+        clip[:length] for clip, length in zip(prompts.reference_audio, prompts.reference_lengths_samples, strict=True)
+    ]
+    results = {"before": before, "after": after}
+    index = []
+    for row, text in enumerate(prompts.texts):
+        names = {kind: f"{kind}_{row:03d}.wav" for kind in ("before", "after", "reference")}
+        for kind, heard in results.items():
+            soundfile.write(folder / names[kind], heard.waveforms[row].numpy(), heard.sample_rate_hz)
+        soundfile.write(folder / names["reference"], references[row].numpy(), prompts.sample_rate_hz)
+        index.append(
+            {
+                "id": prompts.columns.get("id", range(len(prompts)))[row],
+                "text": text,
+                "voice": prompts.columns.get("voice", [None] * len(prompts))[row],
+                **names,
+                "scores_before": before.items[row],
+                "scores_after": after.items[row],
+            }
+            | ({f"transcript_{k}": heard.transcripts[row] for k, heard in results.items() if heard.transcripts})
+        )
+    _write_json(folder / "index.json", index)
+
+
+def _pipeline(
+    policy: Any, vocoder: Vocoder, rewards: Rewards, args: RLHFConfig, peft_config: LoraConfig | None
+) -> Pipeline:
+    if vocoder.mel_spec != policy.mel_spec:
+        raise ValueError(
+            f"policy and vocoder must mean the same by a mel: expected a vocoder of {policy.mel_spec}, "
+            f"got one of {vocoder.mel_spec}; choose another --vocoder"
+        )
+    if peft_config is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)  # peft draws its first weights from the global generator of the CPU
+            policy = add_lora(policy, peft_config)
+    policy.to(args.device)  # before the reference is copied, so that it lies on the same device
+    return Pipeline(
+        policy=policy,
+        vocoder=vocoder,
+        rewards=rewards,
+        reference=ReferencePolicy(policy) if args.beta > 0 else None,
+        sampling=Sampling(
+            steps=args.sampling_steps,
+            cfg_strength=args.cfg_strength,
+            sway_sampling_coef=args.sway_sampling_coef,
+            method=args.solver,
+        ),
+    )
+
+
+def _check_launch(args: RLHFConfig) -> None:
+    if args.fsdp or args.deepspeed:
+        raise ValueError(
+            "FSDP and DeepSpeed are not supported yet: expected one device or DDP; launch with --multi_gpu"
+        )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        raise ValueError(
+            f"this is one of {launched} processes, but {args.world_size} work together: expected a launch on GPUs, or "
+            "on CPUs with --use_cpu"
+        )
+    # Plain `python` on a machine with several GPUs would split each batch by nn.DataParallel, which knows no Prompts.
+    args._n_gpu = min(args.n_gpu, 1)
+
+
+def _as_rewards(models: RewardSpec | Sequence[RewardSpec], weights: Sequence[float] | None) -> Rewards:
+    return Rewards(models if isinstance(models, list | tuple) else [models], weights)  # type: ignore[list-item]
+
+
+def _as_prompts(given: PromptDataset | str | Path | None, source: str, split: str, policy: Any) -> PromptDataset:
+    """The prompts, all of which the policy can read."""
+    prompts = source if given is None else given
+    if not isinstance(prompts, PromptDataset):
+        prompts = load_prompts(prompts, split=split, mel_spec=policy.mel_spec)
+    if policy.tokenizer is not None:
+        prompts.check_texts(policy.tokenizer)
+    return prompts
+
+
+def _heldout(given: PromptDataset | str | Path | None, args: RLHFConfig, policy: Any) -> PromptDataset | None:
+    if args.num_eval_prompts == 0:
+        return None
+    return _as_prompts(given, args.eval_prompts, "heldout", policy).head(args.num_eval_prompts)
+
+
+def _as_recognizer(given: Recognizer | str, heldout: PromptDataset | None) -> Recognizer | None:
+    """The recognizer; None without anything to listen to, and for the name 'none'."""
+    if heldout is None or given == "none":
+        return None
+    return load_recognizer(given) if isinstance(given, str) else given
+
+
+def _collate(dataset: PromptDataset, rows: Sequence[Mapping[str, Any]]) -> dict[str, Prompts]:
+    return {"prompts": dataset.collate(rows)}
+
+
+def _all_prompts(dataset: PromptDataset) -> Prompts:
+    return dataset.collate([dataset[row] for row in range(len(dataset))])
+
+
+def _freeze(part: Any, device: torch.device) -> None:
+    """Move a part in place, and see to it that it stays what it is."""
+    if isinstance(part, nn.Module):
+        part.to(device).requires_grad_(False).eval()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _line(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _json_ready(value: Any) -> Any:
+    """NaN and infinity as null: they are not JSON."""
+    if isinstance(value, Mapping):
+        return {name: _json_ready(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(item) for item in value]
+    return None if isinstance(value, float) and not -float("inf") < value < float("inf") else value
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(_json_ready(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

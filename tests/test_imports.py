@@ -1,0 +1,105 @@
+"""The layers of DESIGN.md: imports run downward, and `reward_models` is found by name only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = (
+    "types",
+    "audio",
+    "text",
+    "path",
+    "solvers",
+    "nn",
+    "models",
+    "policy",
+    "cfm",
+    "checkpoints",
+    "vocoders",
+    "recognizer",
+    "rewards",
+    "sound",
+    "algorithms",
+    "config",
+    "data",
+    "evaluate",
+    "report",
+    "trainer",
+)
+"""Each module may import those before it. A new module of rlhf_mel needs a place here."""
+
+MODULES = sorted((ROOT / "rlhf_mel").rglob("*.py"))
+REWARDS = sorted((ROOT / "reward_models").rglob("*.py"))
+
+
+def dotted(file: Path) -> list[str]:
+    """rlhf_mel/models/dit.py as ["rlhf_mel", "models", "dit"], a package by its own name."""
+    parts = list(file.relative_to(ROOT).with_suffix("").parts)
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Dotted names of all that `file` imports anywhere, `from x import y` as x.y."""
+    package = list(file.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *((node.module or "").split(".") if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def own_layer(name: str) -> str | None:
+    parts = name.split(".")
+    return parts[1] if parts[0] == "rlhf_mel" and len(parts) > 1 and parts[1] in LAYERS else None
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: ".".join(dotted(file)))
+def test_imports_run_downward(file: Path) -> None:
+    parts = dotted(file)
+    if parts == ["rlhf_mel"]:
+        return  # the public names, imported on first use
+    assert parts[1] in LAYERS, f"{parts[1]} has no place among the layers: add it to LAYERS"
+    level = LAYERS.index(parts[1])
+    above = {name for name in imported(file) if (layer := own_layer(name)) and LAYERS.index(layer) > level}
+    assert not above, f"{'.'.join(parts)} imports from above: {sorted(above)}"
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: ".".join(dotted(file)))
+def test_reward_models_are_found_by_name_only(file: Path) -> None:
+    assert not {name for name in imported(file) if name.split(".")[0] == "reward_models"}
+
+
+@pytest.mark.parametrize("file", REWARDS, ids=lambda file: ".".join(dotted(file)))
+def test_a_reward_model_knows_rewards_types_and_audio_only(file: Path) -> None:
+    layers = {layer for name in imported(file) if (layer := own_layer(name))}
+    assert layers <= {"rewards", "types", "audio"}
+
+
+def test_the_scan_sees_relative_and_nested_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    file = tmp_path / "rlhf_mel/models/dit.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("from ..nn import Rope\nfrom . import other\ndef f():\n    import rlhf_mel.trainer\n")
+    assert set(imported(file)) == {"rlhf_mel.nn.Rope", "rlhf_mel.models.other", "rlhf_mel.trainer"}
+
+
+def test_import_is_instant_and_the_public_names_exist() -> None:
+    code = "import rlhf_mel, sys; assert 'torch' not in sys.modules; print(*rlhf_mel.__all__)"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    import rlhf_mel
+
+    assert {"RLHFConfig", "RLHFTrainer", "load_policy", "load_reward", "load_vocoder"} <= set(names.split())
+    assert set(rlhf_mel.__all__) == rlhf_mel._MODULE_OF.keys()
+    for name in rlhf_mel.__all__:
+        assert getattr(rlhf_mel, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = rlhf_mel.nothing

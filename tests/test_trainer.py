@@ -1,0 +1,332 @@
+"""RLHFTrainer: resuming, determinism and data parallelism to the last bit, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import torch
+from peft import LoraConfig
+from problems import tiny_cfm
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from rlhf_mel.audio import MelSpec
+from rlhf_mel.cfm import CFM
+from rlhf_mel.checkpoints import load_policy
+from rlhf_mel.config import RLHFConfig, parse_arguments, resolved
+from rlhf_mel.data import PromptDataset, mix_seed
+from rlhf_mel.policy import rollout
+from rlhf_mel.text import CharTokenizer
+from rlhf_mel.trainer import RLHFTrainer
+from rlhf_mel.types import Audio, Prompts
+
+TEXTS = ("abc", "a bad", "fed", "had a cab", "jog")
+SPEC: MelSpec = tiny_cfm().mel_spec
+
+
+class Voice(nn.Module):
+    """A vocoder with a weight: waveform = tanh(gain * mean of the mel channels), each frame held for one hop."""
+
+    differentiable = True
+    sample_rate_hz = SPEC.sample_rate_hz
+    mel_spec = SPEC
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, mel: Tensor, lengths_frames: Tensor | None = None) -> Tensor:
+        return (self.gain * mel.mean(-1)).tanh().repeat_interleave(SPEC.hop_length, dim=1)
+
+
+class Near(nn.Module):
+    """A reward with a weight: -mean (w - target)^2 over an item's samples."""
+
+    name = "near"
+    differentiable = True
+    domain = "waveform"
+    sample_rate_hz = None
+    needs: frozenset[str] = frozenset()
+    range = (-float("inf"), 0.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.target = nn.Parameter(torch.tensor(0.1))
+
+    def score(self, audio: Audio, prompts: Prompts) -> Tensor:
+        rows = zip(audio.waveform, audio.lengths_samples.tolist(), strict=True)
+        return torch.stack([-(row[:length] - self.target).square().mean() for row, length in rows])
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> PromptDataset:
+    return write_dataset(tmp_path)
+
+
+def write_dataset(folder: Path) -> PromptDataset:
+    folder.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    soundfile.write(folder / "voice.wav", (0.1 * torch.randn(2000, generator=generator)).numpy(), 24_000)
+    rows = [
+        {"id": f"p{n}", "text": text, "voice": "v", "reference_audio": "voice.wav", "reference_text": "abc"}
+        for n, text in enumerate(TEXTS)
+    ]
+    return PromptDataset(rows, root=folder, mel_spec=SPEC)
+
+
+def policy() -> CFM:
+    return tiny_cfm(tokenizer=CharTokenizer())
+
+
+def trainer(
+    folder: Path, dataset: PromptDataset, callbacks: Any = None, peft: Any = None, **options: Any
+) -> RLHFTrainer:
+    defaults: dict[str, Any] = dict(
+        output_dir=str(folder),
+        use_cpu=True,
+        max_steps=2,
+        learning_rate=1e-3,
+        per_device_train_batch_size=2,
+        num_eval_prompts=0,
+        recognizer="none",
+        sampling_steps=3,
+        beta=0.5,
+        disable_tqdm=True,
+        reward_models=["mos"],
+    )
+    return RLHFTrainer(
+        policy(),
+        reward_models=Near(),
+        args=RLHFConfig(**{**defaults, **options}),
+        vocoder=Voice(),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        peft_config=peft,
+        callbacks=callbacks,
+    )
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without the one number that is a measurement of the machine."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "step_time"} for line in lines]
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    states = one.state_dict(), other.state_dict()
+    return states[0].keys() == states[1].keys() and all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+
+
+def test_one_seed_is_one_run(tmp_path: Path, dataset: PromptDataset) -> None:
+    runs = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        runs.append(trainer(tmp_path / name, dataset, seed=seed))
+        runs[-1].train()
+    first, again, other = (metrics(tmp_path / name) for name in "abc")
+    assert first == again and same_weights(runs[0].policy, runs[1].policy)
+    assert first[0]["reward"] != other[0]["reward"] and not same_weights(runs[0].policy, runs[2].policy)
+    assert first[0]["reward"] != first[1]["reward"]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, dataset: PromptDataset, lora: bool) -> None:
+    # 5 prompts twice, batches of 2, 2 micro-batches: the third update ends epoch 0, the run is cut inside epoch 1.
+    options: dict[str, Any] = dict(
+        max_steps=6,
+        save_steps=4,
+        save_total_limit=None,
+        gradient_accumulation_steps=2,
+        num_generations=2,
+        lr_scheduler_type="linear",
+    )
+    peft = LoraConfig(r=2) if lora else None
+    whole = trainer(tmp_path / "run", dataset, peft=peft, **options)
+    whole.train()
+    uninterrupted = metrics(tmp_path / "run")
+    assert [line["step"] for line in uninterrupted] == [1, 2, 3, 4, 5, 6]
+    assert uninterrupted[-1]["epoch"] > 1
+
+    resumed = trainer(tmp_path / "run", dataset, peft=peft, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"))
+    assert metrics(tmp_path / "run") == uninterrupted
+    assert same_weights(resumed.policy, whole.policy)
+
+
+def test_each_epoch_has_its_own_order(tmp_path: Path, dataset: PromptDataset) -> None:
+    run = trainer(tmp_path, dataset)
+    first = list(run._get_train_sampler())
+    run.state.epoch = 0.8
+    assert list(run._get_train_sampler()) == first
+    run.state.epoch = 1.0
+    assert list(run._get_train_sampler()) != first
+
+
+def test_only_the_policy_is_trained_saved_and_wrapped(tmp_path: Path, dataset: PromptDataset) -> None:
+    run = trainer(tmp_path, dataset, save_steps=1)
+    before = policy()
+    run.train()
+    own = {f"policy.{name}" for name, _ in before.named_parameters()}
+    assert {name for name, _ in run.model.named_parameters()} == own
+    assert {name for name in load_file(tmp_path / "checkpoint-2/model.safetensors")} == {
+        f"policy.{name}" for name in before.state_dict()
+    }
+    trained = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in run.policy.parameters()}
+    assert not same_weights(run.policy, before)
+
+    vocoder, (reward,) = run.pipeline.vocoder, run.pipeline.rewards.models
+    assert vocoder.gain.item() == 0.5 and reward.target.item() == pytest.approx(0.1)
+    assert not vocoder.gain.requires_grad and not reward.target.requires_grad
+    prompts = dataset.collate([dataset[0]])
+    assert run.pipeline.reference is not None
+    untrained = before.eval().encode(prompts).text
+    assert torch.equal(run.pipeline.reference.encode(prompts).text, untrained)
+
+
+def test_without_beta_there_is_no_reference(tmp_path: Path, dataset: PromptDataset) -> None:
+    assert trainer(tmp_path, dataset, beta=0.0).pipeline.reference is None
+
+
+def test_lora_trains_adapters_and_exports_plain_weights(tmp_path: Path, dataset: PromptDataset) -> None:
+    run = trainer(tmp_path, dataset, peft=LoraConfig(r=2))
+    base = {name: p.clone() for name, p in run.policy.named_parameters() if not p.requires_grad}
+    run.train()
+    assert base and all(torch.equal(p, base[n]) for n, p in run.policy.named_parameters() if n in base)
+    assert all("lora_" in name for name, p in run.policy.named_parameters() if p.requires_grad)
+    exported = load_policy(tmp_path / "policy")
+    prompts = dataset.collate([dataset[0]])
+    mels = [
+        rollout(speaker, prompts, steps=2, grad_steps=0, generator=torch.Generator().manual_seed(0)).mel
+        for speaker in (run.policy, exported, policy())
+    ]
+    torch.testing.assert_close(mels[0], mels[1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(mels[1], mels[2], atol=1e-3)
+
+
+def test_a_run_leaves_its_folder(tmp_path: Path, dataset: PromptDataset) -> None:
+    run = trainer(tmp_path, dataset, num_eval_prompts=2, save_steps=2, adam_beta2=0.9)
+    run.train()
+
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2]
+    for name in ("loss", "reward", "reward_std", "rewards/near/mean", "rewards/near/std", "anchor", "grad_norm"):
+        assert isinstance(lines[0][name], float), name
+    assert lines[0]["anchor"] == 0 and lines[1]["anchor"] > 0
+    assert lines[0]["loss"] == pytest.approx(-lines[0]["reward"]), "before the first update the anchor is 0"
+    assert lines[0]["dropped_rollouts"] == 0
+
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["algorithm"], summary["seed"], summary["steps"], summary["device"]) == ("draft", 42, 2, "cpu")
+    assert summary["after"]["reward"] > summary["before"]["reward"], "two steps of 1e-3 up the gradient"
+    assert {"rewards/near/mean", "dnsmos_ovrl", "level_dbfs"} <= summary["before"].keys()
+    assert summary["verdict"]["overall"] and summary["seconds"] > 0
+
+    index = json.loads((tmp_path / "samples/index.json").read_text())
+    assert [(item["id"], item["text"], item["voice"]) for item in index] == [("p0", "abc", "v"), ("p1", "a bad", "v")]
+    for kind in ("before", "after", "reference"):
+        assert soundfile.info(tmp_path / "samples" / index[1][kind]).samplerate == 24_000
+    assert soundfile.info(tmp_path / "samples/reference_000.wav").frames == 2000
+    rewards = [item["scores_before"]["reward"] for item in index]
+    assert sum(rewards) / 2 == pytest.approx(summary["before"]["reward"])
+
+    assert same_weights(load_policy(summary["policy"]), run.policy)
+    assert (tmp_path / "report.html").stat().st_size > 1000
+    again, _ = parse_arguments(["--config", str(tmp_path / "config.yaml")])
+    assert resolved(again) == resolved(run.args) and again.adam_beta2 == 0.9
+
+
+def test_evaluation_between_updates_reports_with_eval_prefix(tmp_path: Path, dataset: PromptDataset) -> None:
+    run = trainer(tmp_path, dataset, num_eval_prompts=1, eval_strategy="steps", eval_steps=2)
+    run.train()
+    (evaluated,) = [line for line in metrics(tmp_path) if "eval_reward" in line]
+    assert evaluated["step"] == 2
+    after = json.loads((tmp_path / "summary.json").read_text())["after"]
+    assert evaluated["eval_reward"] == after["reward"] and evaluated["eval_dnsmos_ovrl"] == after["dnsmos_ovrl"]
+
+
+class KeepGradients(TrainerCallback):
+    """The gradients that the optimizer is about to use."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def run_rank(rank: int, folder: Path, port: int) -> None:
+    """One of two data-parallel processes: a single update of all weights and one of LoRA, and their gradients."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    dataset = write_dataset(folder / str(rank))
+    for kind, peft, heard in (("full", None, 1), ("lora", LoraConfig(r=2), 0)):
+        keep = KeepGradients()
+        run = trainer(folder / kind, dataset, [keep], peft, max_steps=1, max_grad_norm=0, num_eval_prompts=heard)
+        run.train()
+        torch.save(keep.gradients, folder / f"{kind}_{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_the_mean_gradient(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(run_rank, (tmp_path, port), nprocs=2)
+    dataset = write_dataset(tmp_path / "alone")
+    for kind, peft in (("full", None), ("lora", LoraConfig(r=2))):
+        ranks = [torch.load(tmp_path / f"{kind}_{rank}.pt") for rank in (0, 1)]
+        assert ranks[0].keys() == ranks[1].keys() and all(torch.equal(ranks[0][n], ranks[1][n]) for n in ranks[0])
+
+        alone = trainer(tmp_path / "alone", dataset, peft=peft)
+        order = list(alone._get_train_sampler())
+        rewards: list[float] = []
+        for rank in (0, 1):
+            batch = dataset.collate([dataset[row] for row in order[2 * rank : 2 * rank + 2]])
+            output = alone.model(prompts=batch, noise_seed=mix_seed(42, 0, rank, 0))
+            (output["loss"] / 2).backward()
+            rewards += output["metrics"]["reward"].tolist()
+        want = {name: p.grad for name, p in alone.model.named_parameters() if p.grad is not None}
+        assert want.keys() == ranks[0].keys() and max(grad.abs().max() for grad in want.values()) > 1e-4
+        for name in want:
+            torch.testing.assert_close(ranks[0][name], want[name], rtol=1e-4, atol=1e-6, msg=name)
+        (line,) = metrics(tmp_path / kind)
+        assert line["reward"] == pytest.approx(sum(rewards) / 4) and line["reward_std"] > 0
+    assert json.loads((tmp_path / "full/summary.json").read_text())["before"]["reward"] < 0
+
+
+def test_policy_and_vocoder_must_mean_the_same_mel(tmp_path: Path, dataset: PromptDataset, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Voice, "mel_spec", MelSpec())
+    with pytest.raises(ValueError, match=r"expected a vocoder of MelSpec.*hop_length=64.*got one of"):
+        trainer(tmp_path, dataset)
+
+
+def test_a_text_that_the_policy_cannot_read_stops_the_run_at_its_start(tmp_path: Path, dataset: PromptDataset) -> None:
+    class Strict(CharTokenizer):
+        def __call__(self, text: str) -> list[str]:
+            if "j" in text:
+                raise ValueError("no j")
+            return list(text)
+
+    run_policy = policy()
+    run_policy.tokenizer = Strict()
+    with pytest.raises(ValueError, match=r"1 of 5 rows.*\n.*row 4 .*no j"):
+        RLHFTrainer(run_policy, Near(), RLHFConfig(use_cpu=True), vocoder=Voice(), train_dataset=dataset)
+
+
+def test_save_model_exports_the_policy(tmp_path: Path, dataset: PromptDataset) -> None:
+    run = trainer(tmp_path, dataset)
+    run.save_model(str(tmp_path / "exported"))
+    assert same_weights(load_policy(tmp_path / "exported"), run.policy)
