@@ -1,18 +1,20 @@
 """Pretrain the bundled policy: flow matching on pairs of utterances of one voice.
 
-Trains a DiT of F5-TTS's class (dim 256, depth 10, 12 M parameters) on phonemes spread evenly over the frames
-(`text_embedding_average_upsampling`), with the objective of F5-TTS (arXiv:2410.06885, equation 5):
+Trains a DiT of F5-TTS's class (dim 256, depth 10, 12 M parameters) on phonemes, each repeated as long as it lasts
+(recipes/align.py, run first) and so laid over the frames by `text_embedding_average_upsampling`, with the objective of
+F5-TTS (arXiv:2410.06885, equation 5):
     x_t = (1-t) x_0 + t x_1,   loss = |v(x_t, t | known mel, text) - (x_1 - x_0)|^2 over the unknown frames.
-Each item is two utterances of one voice, laid end to end: in half of the items the second is unknown (as at
-inference), in the others a random span of 60 to 100 %. For classifier-free guidance the known mel is dropped in
-30 % of the items and the text too in half of these.
+Each item is two utterances of one voice, laid end to end: in half of the items the second is unknown, and the first
+one's durations are the tokenizer's guess, as at inference; in the others a random span of 60 to 100 % is unknown. For
+classifier-free guidance the known mel is dropped in 30 % of the items and the text too in half of these.
 
-Fast because nothing waits: mels and tokens of the whole corpus live on the card, partners are picked so that a pair
-fills the batch's fixed length to within 3 frames of closing silence (no padding, no masks), and a whole update
+Fast because nothing waits: mels and tokens of the whole corpus live on the card, partners are picked so that a
+pair fills the batch's fixed length to within 3 frames of closing silence (no padding, no masks), and a whole update
 (gather, forward, backward, clipping, AdamW) is one CUDA graph.
 
 Leaves out: several GPUs, several languages, a duration model (F5-TTS's length rule is used).
 Hardware: one H100, 18 minutes (rlhf_mel/assets/README.md says what was measured); a CPU works, slowly.
+    python recipes/align.py --data data/corpus --out rlhf_mel/assets
     python recipes/pretrain.py --data data/corpus --out runs/pretrain --minutes 18
 A run may be cut in parts: `--until 9` stops at minute 9, `--resume` goes on from runs/pretrain/state.pt.
 """
@@ -20,6 +22,7 @@ A run may be cut in parts: `--until 9` stops at minute 9, `--resume` goes on fro
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +30,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from corpus_data import Average, Corpus, adamw, cosine, load_corpus, set_lr
-from rlhf_mel.checkpoints import save_policy
 from torch import Tensor
 
 from rlhf_mel.audio import MelSpec, log_mel
 from rlhf_mel.cfm import CFM
+from rlhf_mel.checkpoints import save_policy
 from rlhf_mel.models.dit import DiT
 from rlhf_mel.path import interpolate
-from rlhf_mel.text import PHONEMES, PUNCTUATION, PhonemeTokenizer, tokens_to_ids
+from rlhf_mel.text import TOKENS, TimedPhonemeTokenizer, load_tokenizer, spread, tokens_to_ids
 
 ARCH = dict(
     dim=256,
@@ -47,8 +50,6 @@ ARCH = dict(
     text_mask_padding=True,
     text_embedding_average_upsampling=True,
 )
-VOCAB = (" ", *PHONEMES, *PUNCTUATION)
-"""Line 0 is the space, as F5-TTS's vocabularies demand; the phoneme tokenizer never emits it."""
 LENGTHS_FRAMES = (384, 512, 640)
 SPARE_FRAMES = 3
 """How much of a pair's closing silence may be cut to make it fit."""
@@ -61,25 +62,40 @@ class Utterances:
     mel: Tensor
     """Float32 [frames of all clips, M]."""
     tokens: Tensor
-    """Long [tokens of all clips]."""
+    """Long [tokens of all clips]: phonemes repeated as aligned."""
+    guessed: Tensor
+    """Long, alike: repeated as the tokenizer guesses, each clip at its own pace."""
     spans: np.ndarray
     """Long [U, 4]: first frame, frames, first token, tokens of each clip."""
     keys: np.ndarray
     """Long [U]: voice * 10_000 + frames, ascending."""
 
 
-def utterances(corpus: Corpus, rows: list[int], vocab: dict[str, int]) -> Utterances:
-    tokenizer, voices = PhonemeTokenizer(), {name: index for index, name in enumerate(corpus.voice_names)}
+def read_alignment(path: Path, tokenizer: TimedPhonemeTokenizer, vocab: dict[str, int]) -> dict[str, Tensor]:
+    """Clip id to long [2, tokens]: the phonemes repeated as aligned, and as guessed."""
+    aligned = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        clip = json.loads(line)
+        phonemes, units = clip["phonemes"], clip["units"]
+        both = (units, spread(tokenizer.durations(phonemes), sum(units)))
+        tokens = [[name for name, count in zip(phonemes, of, strict=True) for _ in range(count)] for of in both]
+        aligned[clip["id"]] = tokens_to_ids(tokens, vocab)
+    return aligned
+
+
+def utterances(corpus: Corpus, rows: list[int], aligned: dict[str, Tensor]) -> Utterances:
+    voices = {name: index for index, name in enumerate(corpus.voice_names)}
     mels = {row: log_mel(corpus.clip(row)[None], MelSpec())[0] for row in rows}
-    ids = {row: tokens_to_ids([tokenizer(corpus.texts[row])], vocab)[0] for row in rows}
+    ids = {row: aligned[corpus.ids[row]] for row in rows}
     key = {row: voices[corpus.voices[row]] * 10_000 + len(mels[row]) for row in rows}
     rows = sorted(rows, key=lambda row: key[row])
-    frames, tokens = (np.array([len(of[row]) for row in rows]) for of in (mels, ids))
-    spans = np.stack([np.cumsum(frames) - frames, frames, np.cumsum(tokens) - tokens, tokens], axis=1)
+    frames, tokens = np.array([len(mels[row]) for row in rows]), np.array([ids[row].shape[1] for row in rows])
+    flat = torch.cat([ids[row] for row in rows], dim=1).to(corpus.samples.device)
     return Utterances(
         mel=torch.cat([mels[row] for row in rows]),
-        tokens=torch.cat([ids[row] for row in rows]).to(corpus.samples.device),
-        spans=spans,
+        tokens=flat[0],
+        guessed=flat[1],
+        spans=np.stack([np.cumsum(frames) - frames, frames, np.cumsum(tokens) - tokens, tokens], axis=1),
         keys=np.array([key[row] for row in rows]),
     )
 
@@ -102,7 +118,7 @@ def draw_pairs(clips: Utterances, batch: int, length_frames: int, rng: np.random
 def lay_end_to_end(
     values: Tensor, start_a: Tensor, length_a: Tensor, start_b: Tensor, length_b: Tensor, length: int
 ) -> tuple[Tensor, Tensor]:
-    """values[start_a:][:length_a] then values[start_b:][:length_b], to [B, length, ...]; and which places are filled."""
+    """values[start_a:][:length_a] then values[start_b:][:length_b], [B, length, ...]; which places are filled."""
     place = torch.arange(length, device=values.device)[None]
     index = torch.where(place < length_a[:, None], start_a[:, None] + place, (start_b - length_a)[:, None] + place)
     filled = place < (length_a + length_b)[:, None]
@@ -124,9 +140,12 @@ def flow_matching_loss(dit: DiT, clips: Utterances, pairs: Tensor, length_frames
     """The objective above for pairs [B, 8]; static shapes, no host synchronisation."""
     mel_a, frames_a, text_a, tokens_a, mel_b, frames_b, text_b, tokens_b = pairs.unbind(1)
     mel, _ = lay_end_to_end(clips.mel, mel_a, frames_a, mel_b, frames_b, length_frames)
-    text, spoken = lay_end_to_end(clips.tokens, text_a, tokens_a, text_b, tokens_b, length_frames)
-    text = torch.where(spoken, text, -1)
     batch, device = len(pairs), mel.device
+    text, spoken = lay_end_to_end(clips.tokens, text_a, tokens_a, text_b, tokens_b, length_frames)
+    guess, _ = lay_end_to_end(clips.guessed, text_a, tokens_a, text_b, tokens_b, length_frames)
+    in_reference = torch.arange(length_frames, device=device) < tokens_a[:, None]
+    as_at_inference = (torch.arange(batch, device=device) % 2 == 0)[:, None]  # see unknown_frames
+    text = torch.where(spoken, torch.where(in_reference & as_at_inference, guess, text), -1)
     unknown = unknown_frames(frames_a, length_frames)
     untexted = batch * 15 // 100  # the first rows lose text and known mel, as many again the known mel alone
     lost_mel = torch.arange(batch, device=device) < 2 * untexted
@@ -218,11 +237,13 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     args.out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(args.seed)
-    vocab = {token: index for index, token in enumerate(VOCAB)}
+    vocab = {token: index for index, token in enumerate(TOKENS)}
     corpus = load_corpus(args.data, args.device)
-    clips = utterances(corpus, corpus.rows(held_out=False), vocab)
-    dit = DiT(text_num_embeds=len(VOCAB), **ARCH).to(args.device).train()
-    policy = CFM(dit, vocab_char_map=vocab, tokenizer=PhonemeTokenizer())
+    tokenizer = load_tokenizer("timed_phoneme")
+    aligned = read_alignment(args.data / "alignment.jsonl", tokenizer, vocab)
+    clips = utterances(corpus, corpus.rows(held_out=False), aligned)
+    dit = DiT(text_num_embeds=len(TOKENS), **ARCH).to(args.device).train()
+    policy = CFM(dit, vocab_char_map=vocab, tokenizer=tokenizer)
     optimizer = adamw(dit.parameters(), args.learning_rate, (0.9, 0.98), weight_decay=0.01)
     average, spent_s, steps = Average(dit, 0.9995), 0.0, 0
     if args.resume:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -27,7 +28,12 @@ from torch import Tensor
 PUNCTUATION = (",", ".", "?", "!")
 VOWELS = ("AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW")
 CONSONANTS = (*"BDFGKLMNPRSTVWYZ", "CH", "DH", "HH", "JH", "NG", "SH", "TH", "ZH")
+SILENCE = " "
 PHONEMES = (*(f"{vowel}{stress}" for vowel in VOWELS for stress in "012"), *CONSONANTS)
+
+TOKENS = (SILENCE, *PHONEMES, *PUNCTUATION)
+"""Line 0 of a vocabulary is the space, as in F5-TTS's."""
+UNIT_FRAMES = 2
 
 SHARES = {
     1: "AE0 AH2 B D DH EH2 G HH K L M N NG P R T W Y ZH",
@@ -120,7 +126,90 @@ class PhonemeTokenizer:
         return pronunciation
 
 
-TOKENIZERS = {"char": CharTokenizer, "phoneme": PhonemeTokenizer}
+class TimedPhonemeTokenizer:
+    """Phonemes repeated as often as they last units of two frames, by linear duration weights from forced alignment.
+
+    A sentence is " " (the silence before it), its phonemes and its punctuation; a full stop is added where none closes
+    it. Weights: `durations.json` of recipes/align.py; without, every phoneme lasts as `SHARES` says.
+    """
+
+    name = "timed_phoneme"
+
+    def __init__(self, weights: Mapping[str, float] | None = None, units_per_phoneme: float = 3.5) -> None:
+        self.weights, self.units_per_phoneme = weights, units_per_phoneme
+
+    def __call__(self, text: str) -> list[str]:
+        phonemes = self.phonemes(text)
+        durations = [duration * self.units_per_phoneme for duration in self.durations(phonemes)]
+        units = spread(durations, max(round(sum(durations)), len(phonemes)))
+        return [phoneme for phoneme, count in zip(phonemes, units, strict=True) for _ in range(count)]
+
+    def spoken_length(self, text: str) -> float:
+        return float(sum(self.durations(self.phonemes(text))))
+
+    @staticmethod
+    def phonemes(text: str) -> list[str]:
+        """The sentence or sentences as tokens, each once."""
+        parts = PhonemeTokenizer._parts(text)
+        if not parts or parts[-1] not in PUNCTUATION:
+            parts = [*parts, "."]
+        tokens = [SILENCE]
+        for index, part in enumerate(parts):
+            tokens += PhonemeTokenizer._phonemes(part)
+            if part in ".?!" and index + 1 < len(parts):
+                tokens.append(SILENCE)
+        return tokens
+
+    def durations(self, phonemes: Sequence[str]) -> list[float]:
+        """Seconds of each phoneme relative to the mean phoneme; never below a fifth."""
+        if self.weights is None:
+            return [REPEATS.get(phoneme, 1) / 2 for phoneme in phonemes]
+        features = duration_features(phonemes)
+        return [max(sum(self.weights.get(name, 0.0) for name in names), 0.2) for names in features]
+
+
+def duration_features(phonemes: Sequence[str]) -> list[tuple[str, ...]]:
+    """What decides how long each phoneme lasts: itself, its neighbours, and whether a pause is near."""
+    padded = ["^", *phonemes, "$", "$"]
+    return [
+        (
+            now,
+            f"{before}<",
+            f">{after}",
+            f"{now}|pause" if after in PUNCTUATION else "",
+            f"{now}|pause after {after[:1]}" if later in PUNCTUATION else "",
+        )
+        for before, now, after, later in zip(padded, padded[1:], padded[2:], [*padded[3:], "$"], strict=False)
+        if now != "$"
+    ]
+
+
+def spread(durations: Sequence[float], units: int) -> list[int]:
+    """`units` whole units shared in proportion to `durations`, each getting at least one; rounding never drifts.
+
+    Raises:
+        ValueError: fewer units than durations.
+    """
+    if units < len(durations):
+        raise ValueError(f"expected at least a unit for each of {len(durations)} phonemes, got {units}; speak slower")
+    scale = units / sum(durations)
+    excess = [max(duration * scale - 1, 0.0) + 1e-9 for duration in durations]
+    spare, total = units - len(durations), sum(excess)
+    shares, given, until = [], 0, 0.0
+    for beyond_one in excess:
+        until += beyond_one
+        upto = round(spare * until / total)
+        shares.append(1 + upto - given)
+        given = upto
+    return shares
+
+
+def _timed_phonemes() -> TimedPhonemeTokenizer:
+    card = json.loads(resources.files("rlhf_mel").joinpath("assets/durations.json").read_text(encoding="utf-8"))
+    return TimedPhonemeTokenizer(card["weights"], card["units_per_phoneme"])
+
+
+TOKENIZERS = {"char": CharTokenizer, "phoneme": PhonemeTokenizer, "timed_phoneme": _timed_phonemes}
 
 
 def load_tokenizer(name: str) -> Tokenizer:
