@@ -17,10 +17,10 @@ import functools
 import gzip
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ durations on phoneme counts (2,400 clips of the pretraining corpus), in units of
 REPEATS = {token: share for share, tokens in SHARES.items() for token in tokens.split()}
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Sentence to tokens, and how long the sentence takes to say relative to others (the duration rule)."""
 
@@ -171,17 +172,15 @@ class TimedPhonemeTokenizer:
 def duration_features(phonemes: Sequence[str]) -> list[tuple[str, ...]]:
     """What decides how long each phoneme lasts: itself, its neighbours, and whether a pause is near."""
     padded = ["^", *phonemes, "$", "$"]
-    return [
-        (
-            now,
-            f"{before}<",
-            f">{after}",
-            f"{now}|pause" if after in PUNCTUATION else "",
-            f"{now}|pause after {after[:1]}" if later in PUNCTUATION else "",
-        )
-        for before, now, after, later in zip(padded, padded[1:], padded[2:], [*padded[3:], "$"], strict=False)
-        if now != "$"
-    ]
+    features = []
+    for before, now, after, later in zip(padded, padded[1:], padded[2:], padded[3:], strict=False):
+        names = [now, f"{before}<", f">{after}"]
+        if after in PUNCTUATION:
+            names.append(f"{now}|pause")
+        elif later in PUNCTUATION:
+            names.append(f"{now}|near pause")
+        features.append(tuple(names))
+    return features
 
 
 def spread(durations: Sequence[float], units: int) -> list[int]:
@@ -209,7 +208,11 @@ def _timed_phonemes() -> TimedPhonemeTokenizer:
     return TimedPhonemeTokenizer(card["weights"], card["units_per_phoneme"])
 
 
-TOKENIZERS = {"char": CharTokenizer, "phoneme": PhonemeTokenizer, "timed_phoneme": _timed_phonemes}
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
+    "char": CharTokenizer,
+    "phoneme": PhonemeTokenizer,
+    "timed_phoneme": _timed_phonemes,
+}
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -38,13 +38,15 @@ class Prompts:
         return len(self.texts)
 
     def to(self, device: torch.device | str) -> Prompts:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
     def select(self, rows: Sequence[int]) -> Prompts:
         """The prompts at `rows`, in that order; the reference clips keep their padding."""
         index = torch.as_tensor(list(rows), dtype=torch.long, device=self.reference_audio.device)
-        taken = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        taken: dict[str, Any] = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(
             self,
             texts=[self.texts[row] for row in rows],
