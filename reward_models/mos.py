@@ -108,7 +108,12 @@ class Mos(nn.Module):
             for row, length, row_starts in zip(audio.waveform, lengths, starts, strict=True)
             for start in row_starts
         ]
-        scores = self._score_segments(segments)
+        # One by one on a CPU: 8 clips of 3 s, forward and backward, take 0.94 s so and 1.34 s together (large blocks of
+        # memory are fetched anew each time), and a short clip does not wait for a long one.
+        together = 1 if audio.waveform.device.type == "cpu" else len(segments)
+        scores = torch.cat(
+            [self._score_segments(segments[i : i + together]) for i in range(0, len(segments), together)]
+        )
         counts = [len(row_starts) for row_starts in starts]
         return torch.stack([part.mean() for part in scores.split(counts)])
 

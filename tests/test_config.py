@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import yaml
 from trl import ModelConfig
 
 from rlhf_mel.config import RLHFConfig, lora_config, parse_arguments, resolved, save_config
+
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def test_no_arguments_is_the_bundled_demo() -> None:
@@ -19,9 +22,27 @@ def test_no_arguments_is_the_bundled_demo() -> None:
     assert lora_config(model_config) is None
 
 
-def test_demo_yaml_says_the_same_as_no_arguments() -> None:
-    yaml_file = Path(__file__).parents[1] / "recipes/configs/demo.yaml"
-    assert resolved(parse_arguments(["--config", str(yaml_file)])[0]) == resolved(parse_arguments([])[0])
+def test_the_demo_is_bundled_lora_towards_mos() -> None:
+    config, model_config = parse_arguments(["--config", str(RECIPES / "configs/demo.yaml")])
+    assert (config.policy, config.reward_models, config.algorithm) == ("tiny", ["mos"], "draft")
+    peft_config = lora_config(model_config)
+    assert peft_config is not None and (peft_config.r, peft_config.lora_alpha) == (16, 32)
+
+
+def test_the_recipe_without_config_is_the_demo_and_flags_go_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    drlx = runpy.run_path(str(RECIPES / "drlx.py"))
+    seen: list[tuple[RLHFConfig, ModelConfig]] = []
+
+    def no_trainer(*, args: RLHFConfig, peft_config: object) -> None:
+        seen.append((args, peft_config))  # type: ignore[arg-type]
+        raise SystemExit
+
+    monkeypatch.setitem(drlx["main"].__globals__, "RLHFTrainer", no_trainer)
+    demo = yaml.safe_load((RECIPES / "configs/demo.yaml").read_text())
+    with pytest.raises(SystemExit):
+        drlx["main"](["--max_steps", "3"])
+    args, peft_config = seen[0]
+    assert (args.max_steps, args.sampling_steps) == (3, demo["sampling_steps"]) and peft_config is not None
 
 
 def test_the_command_line_goes_over_yaml_goes_over_defaults(tmp_path: Path) -> None:
