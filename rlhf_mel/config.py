@@ -1,4 +1,4 @@
-"""RLHFConfig: one dataclass for a run, in the words of TRL and transformers; its defaults are the bundled demo.
+"""RLHFConfig: one dataclass for a run, in the words of TRL and transformers; its defaults are the bundled models.
 
 `RLHFConfig` extends `transformers.TrainingArguments`; LoRA comes from TRL's `ModelConfig`. Both are filled by
 `parse_arguments` from YAML (`--config file.yaml`) and from the command line over it. An unknown key, algorithm or

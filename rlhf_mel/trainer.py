@@ -70,7 +70,7 @@ class RLHFTrainer(Trainer):
     Args:
         policy: a policy or the name of one; it is trained in place. None: `args.policy`.
         reward_models: rewards, or names of them; None: `args.reward_models`.
-        args: the run; None: the bundled demo.
+        args: the run; None: the defaults, which name the bundled models.
         vocoder, recognizer: as objects or names; None: those `args` names. Both are frozen.
         train_dataset, eval_dataset: prompts, or names of them; None: those `args` names. Of `eval_dataset` the first
             `args.num_eval_prompts` are heard before and after training.
