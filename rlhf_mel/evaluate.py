@@ -86,6 +86,7 @@ def evaluate(
     steps: int = 16,
     cfg_strength: float = 2.0,
     sway_sampling_coef: float | None = -1.0,
+    method: str = "euler",
     seed: int = 0,
     recognizer: Recognizer | None = None,
     judges: Sequence[Judge] | None = None,
@@ -114,6 +115,7 @@ def evaluate(
             steps=steps,
             cfg_strength=cfg_strength,
             sway_sampling_coef=sway_sampling_coef,
+            method=method,
             grad_steps=0,
             generator=[item_generator(seed, row) for row in rows],
         )

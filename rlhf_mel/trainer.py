@@ -206,6 +206,7 @@ class RLHFTrainer(Trainer):
                 steps=self.args.sampling_steps,
                 cfg_strength=self.args.cfg_strength,
                 sway_sampling_coef=self.args.sway_sampling_coef,
+                method=self.args.solver,
                 seed=self.args.seed,
                 recognizer=self.recognizer,
                 batch_size=self.args.per_device_eval_batch_size,

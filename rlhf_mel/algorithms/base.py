@@ -174,8 +174,7 @@ class _View(nn.Module):
         v = self.policy.velocity(mel, t, cond.policy)
         if not torch.is_grad_enabled():
             return F.pad(v, (0, 1))
-        with self.reference._as_it_was() as frozen, torch.set_grad_enabled(mel.requires_grad):
-            v_ref = frozen.velocity(mel, t, cond.reference)
+        v_ref = self.reference.velocity(mel, t, cond.reference)
         return torch.cat([v, (v - v_ref).square().mean(-1, keepdim=True)], dim=-1)
 
     def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
