@@ -29,6 +29,7 @@ from rlhf_mel.evaluate import (
     verdict,
     voice_similarity,
 )
+from rlhf_mel.policy import rollout
 from rlhf_mel.rewards import Rewards
 from rlhf_mel.sound import sound
 from rlhf_mel.types import Audio, Prompts, Rollout
@@ -245,6 +246,17 @@ def test_noise_depends_on_seed_and_row_alone() -> None:
     assert not torch.allclose(same.waveforms[0], same.waveforms[1], atol=1e-3)  # one prompt, two rows, two noises
     draws = {item_generator(seed, row).initial_seed() for seed in range(4) for row in range(4)}
     assert len(draws) == 16
+
+
+def test_evaluate_speaks_with_the_solver_it_is_given() -> None:
+    prompts, policy = tiny_prompts(), tiny_policy()
+    heard = listen(prompts, policy=policy, method="midpoint").waveforms
+    generators = [item_generator(0, row) for row in range(len(prompts))]
+    spoken = rollout(policy, prompts, steps=3, method="midpoint", grad_steps=0, generator=generators)
+    by_hand = sound(Hum(), spoken).waveform
+    for row, waveform in enumerate(heard):
+        torch.testing.assert_close(waveform, by_hand[row, : len(waveform)], atol=1e-6, rtol=0)
+    assert not torch.allclose(listen(prompts, policy=policy).waveforms[0], heard[0], atol=1e-4)
 
 
 def test_evaluate_leaves_no_trace() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from distillmos import ConvTransformerSQAModel
 from distillmos.sqa import MAX_HOP_LEN, SEQ_LEN
 from torch import Tensor
 
+import rlhf_mel
 from reward_models.mos import Mos, compressed_stft, segment_starts
+from rlhf_mel.audio import load_audio
 from rlhf_mel.types import Audio, Prompts
 
 RATE_HZ = 16_000
@@ -98,6 +101,9 @@ def test_batch_equals_single_and_padding_does_not_count(mos: Mos) -> None:
     with torch.no_grad():
         alone = torch.cat([score(mos, clip) for clip in clips])
         torch.testing.assert_close(score(mos, *clips), alone, atol=1e-4, rtol=0)
+        # What a GPU does: all segments as one padded batch.
+        whole = [clips[0], clips[1], clips[3]]
+        torch.testing.assert_close(mos._score_segments(whole), alone[[0, 1, 3]], atol=1e-4, rtol=0)
         short = as_audio(clips[:2])
         padded = Audio(
             torch.nn.functional.pad(short.waveform, (0, 5000), value=0.3),  # what lies beyond is never heard
@@ -165,6 +171,19 @@ def test_louder_is_not_better(mos: Mos) -> None:
     clip = CLIPS["3 s"]
     with torch.no_grad():
         assert score(mos, clip / 4).item() == pytest.approx(score(mos, clip).item(), abs=1e-4)
+
+
+SPEECH = Path(rlhf_mel.__file__).parent / "assets" / "prompts" / "references"
+
+
+@pytest.mark.parametrize("path", sorted(SPEECH.glob("*.flac"))[:2], ids=lambda path: path.stem)
+def test_natural_speech(mos: Mos, package: ConvTransformerSQAModel, path: Path) -> None:
+    clip = load_audio(path, RATE_HZ)
+    noise = 0.05 * torch.randn(len(clip), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        natural = score(mos, clip).item()
+        assert natural == pytest.approx(package(clip[None]).item(), abs=0.01)
+        assert natural - score(mos, clip + noise).item() > 1  # white noise at -26 dBFS is heard
 
 
 def test_frozen_and_always_in_evaluation_mode(mos: Mos) -> None:
