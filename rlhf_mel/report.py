@@ -127,7 +127,7 @@ def _evidence(summary: Mapping[str, Any]) -> str:
         escape(_measure(name).label.split(",")[0]) for name, guard in guards.items() if guard.get("status") == "worse"
     ]
     said = f'<p class="evidence">{", ".join(pairs)}.</p>' if pairs else ""
-    return said + (f'<p class="bad">Beyond its limit: {", ".join(failed)}.</p>' if failed else "")
+    return said + (f'<p class="bad">Limit not met: {", ".join(failed)}.</p>' if failed else "")
 
 
 def _table(summary: Mapping[str, Any]) -> str:
@@ -166,9 +166,10 @@ def _row(name: str, before: Mapping[str, Any], after: Mapping[str, Any], guard: 
     label, better, digits = _measure(name)
     change = _difference(before.get(name), after.get(name))
     status = guard.get("status", "")
-    improved = bool(change) and (change or 0) * {"higher": 1, "lower": -1, "": 0}[better] > 0
-    # What has no limit, or stays within it without improving, is left uncoloured: it may be noise.
-    tone = "bad" if status == "worse" else "good" if improved and (status or "reward" in name) else ""
+    gain = (change or 0) * {"higher": 1, "lower": -1, "": 0}[better]
+    # What has no limit, or no gain above twice its standard error, is left uncoloured: it may be noise.
+    improved = gain > 2 * (guard.get("standard_error") or 0) and (status or "reward" in name)
+    tone = "bad" if status == "worse" else "good" if improved else ""
     return (
         f"<tr><td>{escape(label)}</td><td>{_number(before.get(name), digits)}</td>"
         f"<td>{_number(after.get(name), digits)}</td>"

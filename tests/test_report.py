@@ -150,7 +150,25 @@ def test_the_trained_reward_stands_apart(html: str) -> None:
 def test_the_headline(html: str) -> None:
     assert "Reward up, judge not convinced</h1>" in html
     assert {"3.25 → 4.50", "2.75 → 2.85"} <= set(Page(html).bold)
-    assert "Beyond its limit: Character error rate." in html
+    assert "Limit not met: Character error rate." in html
+
+
+def test_colour_says_only_what_is_not_noise(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+
+    def tone_of_the_judge(standard_error: float, status: str = "ok") -> str:
+        summary["verdict"]["guards"]["dnsmos_ovrl"] |= {"standard_error": standard_error, "status": status}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        html = write_report(folder).read_text()
+        return re.search(r'DNSMOS overall</td><td>2.750</td><td>2.850</td><td class="(\w*)">', html)[1]  # type: ignore[index]
+
+    # The judge rose by 0.1: green above twice its standard error.
+    assert [tone_of_the_judge(0.049), tone_of_the_judge(0.051), tone_of_the_judge(0.049, "worse")] == [
+        "good",
+        "",
+        "bad",
+    ]
 
 
 def test_nothing_is_fetched(html: str) -> None:

@@ -277,7 +277,10 @@ def run_rank(rank: int, folder: Path, port: int) -> None:
         run = trainer(folder / kind, dataset, [keep], peft, max_steps=1, max_grad_norm=0, num_eval_prompts=heard)
         run.train()
         torch.save(keep.gradients, folder / f"{kind}_{rank}.pt")
+    torch.distributed.barrier()  # no rank leaves while the other still talks to it
     torch.distributed.destroy_process_group()
+    # Without the interpreter's own end: gloo's threads were once seen to outlive it and abort. All is written.
+    os._exit(0)
 
 
 def test_two_processes_share_the_mean_gradient(tmp_path: Path) -> None:
