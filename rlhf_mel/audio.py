@@ -174,23 +174,6 @@ def level_dbfs(waveform: Tensor, lengths_samples: Tensor | None = None) -> Tenso
     return 20 * rms(waveform, lengths_samples).log10()
 
 
-def silence_ratio(
-    waveform: Tensor, lengths_samples: Tensor, sample_rate_hz: int, *, threshold_db: float = 40.0
-) -> Tensor:
-    """Share [batch] of an item's whole 20 ms frames that are `threshold_db` or more below its loudest frame.
-
-    1 for digital silence and for items shorter than a frame. No gradient: it counts.
-    """
-    frame = sample_rate_hz // 50
-    frames = waveform.detach()[:, : waveform.shape[1] // frame * frame].unflatten(1, (-1, frame))
-    kept = lengths_to_mask(lengths_samples // frame, frames.shape[1])
-    power = frames.square().mean(-1).masked_fill(~kept, 0.0)
-    loudest = power.amax(-1, keepdim=True) if power.shape[1] else power.new_zeros(len(power), 1)
-    quiet = (power <= loudest * 10 ** (-threshold_db / 10)) & kept
-    ratio = quiet.sum(-1) / kept.sum(-1).clamp(min=1)
-    return ratio.masked_fill((loudest[:, 0] <= 0) | ~kept.any(-1), 1.0)
-
-
 def load_audio(
     path: str | Path,
     sample_rate_hz: int = 24_000,

@@ -23,7 +23,6 @@ from rlhf_mel.audio import (
     resampled_length,
     rms,
     samples_to_frames,
-    silence_ratio,
 )
 
 VOCOS, BIGVGAN = MelSpec(), MelSpec(kind="bigvgan")
@@ -181,16 +180,6 @@ def test_rms_gradient_of_silence_is_zero() -> None:
     silence = torch.zeros(1, 8, requires_grad=True)
     rms(silence, torch.tensor([4])).sum().backward()
     assert silence.grad is not None and silence.grad.tolist() == [[0.0] * 8]
-
-
-def test_silence_ratio() -> None:
-    # 50 frames of 20 ms, 30 of them 60 dB down; louder padding that must not count; silence; nothing.
-    tone = sine(1000, 24_000, 24_000)
-    tone[: 30 * 480] *= 1e-3
-    waveform = torch.stack([tone, tone, torch.zeros_like(tone), tone])
-    waveform[1, 40 * 480 :] *= 1000
-    ratio = silence_ratio(waveform, torch.tensor([24_000, 40 * 480, 24_000, 100]), 24_000)
-    assert ratio.tolist() == pytest.approx([0.6, 0.75, 1.0, 1.0])
 
 
 def write(path, samples, sample_rate_hz: int = 24_000, **options) -> str:
