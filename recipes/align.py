@@ -9,7 +9,7 @@ softmax over phonemes to the frames as aligned, then take the most probable mono
 Frames are seen through the bundled recognizer: its fifth block, and the mel itself.
 
 Leaves out: several pronunciations of a word, phonemes that a voice drops.
-Hardware: two CPU cores, about ten minutes for four hours of speech; a GPU, one minute.
+Hardware: one busy CPU core, about eight minutes for four hours of speech. Never run on a GPU yet.
     python recipes/align.py --data data/corpus --out rlhf_mel/assets
 Number to expect: printed for each round, the share of units that moved to another phoneme, and at the end how well
 the fitted durations predict those of held-out clips (R^2).

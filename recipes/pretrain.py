@@ -13,7 +13,8 @@ pair fills the batch's fixed length to within 3 frames of closing silence (no pa
 (gather, forward, backward, clipping, AdamW) is one CUDA graph.
 
 Leaves out: several GPUs, several languages, a duration model (F5-TTS's length rule is used).
-Hardware: one H100, 18 minutes (rlhf_mel/assets/README.md says what was measured); a CPU works, slowly.
+Hardware: one H100. The bundled policy took 14.6 minutes before phonemes were aligned (rlhf_mel/assets/README.md);
+with alignment this has only been run on a CPU, which works, slowly.
     python recipes/align.py --data data/corpus --out rlhf_mel/assets
     python recipes/pretrain.py --data data/corpus --out runs/pretrain --minutes 18
 A run may be cut in parts: `--until 9` stops at minute 9, `--resume` goes on from runs/pretrain/state.pt.
