@@ -38,7 +38,7 @@ from rlhf_mel.cfm import CFM
 from rlhf_mel.checkpoints import save_policy
 from rlhf_mel.models.dit import DiT
 from rlhf_mel.path import interpolate
-from rlhf_mel.text import TOKENS, TimedPhonemeTokenizer, load_tokenizer, spread, tokens_to_ids
+from rlhf_mel.text import TOKENS, UNIT_FRAMES, TimedPhonemeTokenizer, load_tokenizer, spread, tokens_to_ids
 
 ARCH = dict(
     dim=256,
@@ -146,7 +146,8 @@ def flow_matching_loss(dit: DiT, clips: Utterances, pairs: Tensor, length_frames
     guess, _ = lay_end_to_end(clips.guessed, text_a, tokens_a, text_b, tokens_b, length_frames)
     in_reference = torch.arange(length_frames, device=device) < tokens_a[:, None]
     as_at_inference = (torch.arange(batch, device=device) % 2 == 0)[:, None]  # see unknown_frames
-    text = torch.where(spoken, torch.where(in_reference & as_at_inference, guess, text), -1)
+    within = torch.arange(length_frames, device=device) < length_frames // UNIT_FRAMES  # so that each has two frames
+    text = torch.where(spoken & within, torch.where(in_reference & as_at_inference, guess, text), -1)
     unknown = unknown_frames(frames_a, length_frames)
     untexted = batch * 15 // 100  # the first rows lose text and known mel, as many again the known mel alone
     lost_mel = torch.arange(batch, device=device) < 2 * untexted

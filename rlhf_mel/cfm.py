@@ -144,7 +144,7 @@ class CFM(nn.Module):
             require_gradients("CFM.sample(cache=False)", remedy="pass cache=True to sample without gradients")
         with torch.set_grad_enabled(not cache):
             mel = self._as_mel(cond).to(self.dtype)
-            ids = self._as_ids(text, batch=len(mel))
+            ids = self._as_ids(text, len(mel), duration)
             lens = (torch.full((len(mel),), mel.shape[1]) if lens is None else lens).to(mel.device)
             lengths = _fit_durations(duration, ids, lens, max_duration)
             reference = F.pad(mel, (0, 0, 0, max(lengths) - mel.shape[1]))
@@ -204,7 +204,7 @@ class CFM(nn.Module):
             raise ValueError(f"noise_scheduler: expected None (f5-tts has none either), got {noise_scheduler!r}")
         x1 = self._as_mel(inp)
         batch, frames, _ = x1.shape
-        ids = self._as_ids(text, batch=batch)
+        ids = self._as_ids(text, batch, frames if lens is None else lens)
         lens = (torch.full((batch,), frames) if lens is None else lens).to(x1.device)
         mask = lengths_to_mask(lens, frames)
         draw = partial(_uniform, batch, generator, x1.device)
@@ -244,7 +244,8 @@ class CFM(nn.Module):
             rows = zip(references.tolist(), *lengths, strict=True)
             ruled = [frames + max(1, int(frames * length / said)) for frames, length, said in rows]
             totals = torch.tensor(ruled, device=references.device)
-        least = torch.maximum(references + 1, (self._prompt_ids(prompts) != -1).sum(dim=1).to(references.device))
+        ids = self._prompt_ids(prompts, references, torch.maximum(totals, references + 1))
+        least = torch.maximum(references + 1, (ids != -1).sum(dim=1).to(references.device))
         if bool((totals < least).any()):
             raise ValueError(
                 f"durations_frames: expected at least {least.tolist()}, more than the reference has and a frame for"
@@ -254,7 +255,8 @@ class CFM(nn.Module):
 
     def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> Condition:
         """Prompts of one total duration, ready for `velocity`; policy.rollout groups prompts of several."""
-        lengths = self.durations(prompts).tolist()
+        durations = self.durations(prompts)
+        lengths = durations.tolist()
         if len(set(lengths)) > 1:
             raise ValueError(
                 f"encode: expected prompts of one total duration, got {lengths} frames: padding would change"
@@ -263,8 +265,9 @@ class CFM(nn.Module):
         mels = self._reference_mels(prompts)
         reference = pad_sequence(mels, batch_first=True)
         reference = F.pad(reference, (0, 0, 0, lengths[0] - reference.shape[1]))
-        kept = lengths_to_mask(torch.tensor([len(mel) for mel in mels], device=self.device), lengths[0])
-        return self._condition(reference, kept, self._prompt_ids(prompts).to(self.device), lengths, cfg_strength)
+        references = torch.tensor([len(mel) for mel in mels], device=self.device)
+        ids = self._prompt_ids(prompts, references, durations).to(self.device)
+        return self._condition(reference, lengths_to_mask(references, lengths[0]), ids, lengths, cfg_strength)
 
     def prior(self, cond: Condition, generator: Generators = None) -> Tensor:
         """Standard normal noise [B, T, M], zero beyond each item's duration."""
@@ -344,19 +347,19 @@ class CFM(nn.Module):
             return log_mel(sound, self.mel_spec)
         return self.mel_spec(sound).transpose(1, 2)
 
-    def _as_ids(self, text: Text, batch: int) -> Tensor:
-        ids = text if isinstance(text, Tensor) else self._text_ids(text)
-        if ids.ndim != 2 or ids.shape[0] != batch:
-            raise ValueError(f"text: expected {batch} items, one for each sound, got {list(ids.shape)}")
+    def _as_ids(self, text: Text, batch: int, frames: int | Tensor) -> Tensor:
+        if len(text) != batch:
+            raise ValueError(f"text: expected {batch} items, one for each sound, got {len(text)}")
+        ids = text if isinstance(text, Tensor) else self._text_ids(text, torch.as_tensor(frames).expand(batch).tolist())
         return ids.to(self.device)
 
-    def _text_ids(self, text: Sequence[str] | Sequence[Sequence[str]]) -> Tensor:
+    def _text_ids(self, text: Sequence[str] | Sequence[Sequence[str]], frames: Sequence[int]) -> Tensor:
         vocab = self.vocab_char_map
         if vocab is None:  # f5-tts without a vocabulary reads UTF-8 bytes
             rows = [torch.tensor(list("".join(item).encode("utf-8")), dtype=torch.long) for item in text]
             return pad_sequence(rows, batch_first=True, padding_value=-1)
         if self.tokenizer is not None and all(isinstance(item, str) for item in text):
-            return tokens_to_ids([self.tokenizer(str(item)) for item in text], vocab)
+            return tokens_to_ids([self.tokenizer(str(item), of) for item, of in zip(text, frames, strict=True)], vocab)
         return tokens_to_ids(text, vocab, strict=False)  # f5-tts: what is unknown becomes id 0
 
     @property
@@ -368,10 +371,10 @@ class CFM(nn.Module):
             )
         return self.tokenizer
 
-    def _prompt_ids(self, prompts: Prompts) -> Tensor:
-        """Ids [B, N] of reference text and text, one after the other."""
-        rows = zip(prompts.reference_texts, prompts.texts, strict=True)
-        tokens = [self._tokenize(f"{said.strip()} {text.strip()}") for said, text in rows]
+    def _prompt_ids(self, prompts: Prompts, references: Tensor, totals: Tensor) -> Tensor:
+        """Ids [B, N] of reference text and text, one after the other, in `references` of `totals` [B] frames."""
+        rows = zip(prompts.reference_texts, prompts.texts, references.tolist(), totals.tolist(), strict=True)
+        tokens = [self._tokenize.prompt(said.strip(), text.strip(), *frames) for said, text, *frames in rows]
         return tokens_to_ids(tokens, self.vocab_char_map or {})
 
     def _reference_mels(self, prompts: Prompts) -> list[Tensor]:

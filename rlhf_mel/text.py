@@ -54,7 +54,13 @@ class Tokenizer(Protocol):
 
     name: str
 
-    def __call__(self, text: str) -> list[str]: ...
+    def __call__(self, text: str, frames: int | None = None) -> list[str]:
+        """Tokens; where they stand for stretches of time, those of `frames` mel frames (None: its usual pace)."""
+        ...
+
+    def prompt(self, reference_text: str, text: str, reference_frames: int, frames: int) -> list[str]:
+        """Tokens of a reference and of what is said after it, in `frames` frames, `reference_frames` of them its."""
+        ...
 
     def spoken_length(self, text: str) -> float: ...
 
@@ -64,8 +70,11 @@ class CharTokenizer:
 
     name = "char"
 
-    def __call__(self, text: str) -> list[str]:
+    def __call__(self, text: str, frames: int | None = None) -> list[str]:
         return list(text)
+
+    def prompt(self, reference_text: str, text: str, reference_frames: int, frames: int) -> list[str]:
+        return list(f"{reference_text} {text}")
 
     def spoken_length(self, text: str) -> float:
         return float(len(text.encode("utf-8")))
@@ -89,9 +98,12 @@ class PhonemeTokenizer:
 
     name = "phoneme"
 
-    def __call__(self, text: str) -> list[str]:
+    def __call__(self, text: str, frames: int | None = None) -> list[str]:
         tokens = [phoneme for part in self._parts(text) for phoneme in self._phonemes(part)]
         return [token for token in tokens for _ in range(REPEATS[token])]
+
+    def prompt(self, reference_text: str, text: str, reference_frames: int, frames: int) -> list[str]:
+        return self(f"{reference_text} {text}")
 
     def spoken_length(self, text: str) -> float:
         return float(len(self(text)))
@@ -139,11 +151,17 @@ class TimedPhonemeTokenizer:
     def __init__(self, weights: Mapping[str, float] | None = None, units_per_phoneme: float = 3.5) -> None:
         self.weights, self.units_per_phoneme = weights, units_per_phoneme
 
-    def __call__(self, text: str) -> list[str]:
+    def __call__(self, text: str, frames: int | None = None) -> list[str]:
         phonemes = self.phonemes(text)
-        durations = [duration * self.units_per_phoneme for duration in self.durations(phonemes)]
-        units = spread(durations, max(round(sum(durations)), len(phonemes)))
+        durations = self.durations(phonemes)
+        usual = max(round(sum(durations) * self.units_per_phoneme), len(phonemes))
+        units = spread(durations, usual if frames is None else frames // UNIT_FRAMES)
         return [phoneme for phoneme, count in zip(phonemes, units, strict=True) for _ in range(count)]
+
+    def prompt(self, reference_text: str, text: str, reference_frames: int, frames: int) -> list[str]:
+        # as when aligned: a reference of odd length ends with half a unit
+        reference = reference_frames + reference_frames % UNIT_FRAMES
+        return self(reference_text, reference) + self(text, frames - reference)
 
     def spoken_length(self, text: str) -> float:
         return float(sum(self.durations(self.phonemes(text))))
