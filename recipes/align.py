@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from rlhf_mel.audio import log_mel
 from rlhf_mel.recognizer import Recognizer, load_recognizer
-from rlhf_mel.text import TOKENS, UNIT_FRAMES, TimedPhonemeTokenizer, duration_features, spread
+from rlhf_mel.text import TOKENS, UNIT_FRAMES, PhonemeTokenizer, duration_features, spread
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def main() -> None:
     args = parser.parse_args()
 
     corpus = load_corpus(args.data, args.device)
-    tokenizer, place = TimedPhonemeTokenizer(), {token: index for index, token in enumerate(TOKENS)}
+    tokenizer, place = PhonemeTokenizer(), {token: index for index, token in enumerate(TOKENS)}
     phonemes = [tokenizer.phonemes(text) for text in corpus.texts]
     ids = [torch.tensor([place[phoneme] for phoneme in line]) for line in phonemes]
     features = frame_features(load_recognizer("tiny", device=args.device), corpus)

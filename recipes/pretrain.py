@@ -38,7 +38,7 @@ from rlhf_mel.cfm import CFM
 from rlhf_mel.checkpoints import save_policy
 from rlhf_mel.models.dit import DiT
 from rlhf_mel.path import interpolate
-from rlhf_mel.text import TOKENS, UNIT_FRAMES, TimedPhonemeTokenizer, load_tokenizer, spread, tokens_to_ids
+from rlhf_mel.text import TOKENS, UNIT_FRAMES, PhonemeTokenizer, load_tokenizer, spread, tokens_to_ids
 
 ARCH = dict(
     dim=256,
@@ -72,7 +72,7 @@ class Utterances:
     """Long [U]: voice * 10_000 + frames, ascending."""
 
 
-def read_alignment(path: Path, tokenizer: TimedPhonemeTokenizer, vocab: dict[str, int]) -> dict[str, Tensor]:
+def read_alignment(path: Path, tokenizer: PhonemeTokenizer, vocab: dict[str, int]) -> dict[str, Tensor]:
     """Clip id to long [2, tokens]: the phonemes repeated as aligned, and as guessed."""
     aligned = {}
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -241,7 +241,7 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     vocab = {token: index for index, token in enumerate(TOKENS)}
     corpus = load_corpus(args.data, args.device)
-    tokenizer = load_tokenizer("timed_phoneme")
+    tokenizer = load_tokenizer("phoneme")
     aligned = read_alignment(args.data / "alignment.jsonl", tokenizer, vocab)
     clips = utterances(corpus, corpus.rows(held_out=False), aligned)
     dit = DiT(text_num_embeds=len(TOKENS), **ARCH).to(args.device).train()

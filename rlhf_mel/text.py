@@ -4,11 +4,10 @@ A tokenizer turns a sentence into a list of tokens, a vocabulary maps tokens to 
 `vocab.txt`, batch padding -1; the backbone adds one, so that 0 is its filler). Two tokenizers:
 
 `char`     F5-TTS's: the characters themselves.
-`phoneme`  ARPAbet with stress from the CMU Pronouncing Dictionary (BSD-2-Clause, bundled), a phoneme repeated in
-           proportion to its mean duration and no token for spaces. With the DiT's
-           `text_embedding_average_upsampling`, which gives each token an equal share of the frames (ZipVoice,
-           arXiv 2506.13053), a phoneme then stands near the frames in which it is heard, and a small model has
-           little alignment left to learn.
+`phoneme`  ARPAbet with stress from the CMU Pronouncing Dictionary (BSD-2-Clause, bundled), each phoneme repeated once
+           for every two frames that it lasts. With the DiT's `text_embedding_average_upsampling`, which gives each
+           token an equal share of the frames (ZipVoice, arXiv 2506.13053), a phoneme then stands over the frames in
+           which it is heard, and a small model has no alignment left to learn.
 """
 
 from __future__ import annotations
@@ -34,18 +33,7 @@ PHONEMES = (*(f"{vowel}{stress}" for vowel in VOWELS for stress in "012"), *CONS
 TOKENS = (SILENCE, *PHONEMES, *PUNCTUATION)
 """Line 0 of a vocabulary is the space, as in F5-TTS's."""
 UNIT_FRAMES = 2
-
-SHARES = {
-    1: "AE0 AH2 B D DH EH2 G HH K L M N NG P R T W Y ZH",
-    2: "AA1 AH0 AH1 AO0 AO2 AW0 AW2 EH0 EH1 ER0 ER2 EY0 EY2 F IH0 IH1 IH2 IY0 JH OY0 OY2 S SH TH UH0 UH1 UH2 UW0 UW2 V "
-    "Z",
-    3: "! ? AA0 AA2 AE1 AE2 AO1 AY0 CH ER1 EY1 IY1 IY2 OW0 OW1 OW2 UW1",
-    4: ". AW1 AY1 AY2 OY1",
-    6: ",",
-}
-"""How many of a clip's equal shares each token takes: mean durations over three voices by least squares of clip
-durations on phoneme counts (2,400 clips of the pretraining corpus), in units of 0.45 of the mean phoneme."""
-REPEATS = {token: share for share, tokens in SHARES.items() for token in tokens.split()}
+"""Mel frames for which a token of the phoneme tokenizer stands."""
 
 
 @runtime_checkable
@@ -89,24 +77,59 @@ def load_lexicon() -> Mapping[str, tuple[str, ...]]:
 
 
 class PhonemeTokenizer:
-    """English words to ARPAbet phonemes, repeated by duration; `{K AH0 M}` spells a word the lexicon lacks.
+    """English words as ARPAbet, each phoneme as often as it lasts units of two frames; `{K AH0 M}` spells a word.
+
+    A sentence is " " (the silence before it), its phonemes and its punctuation; a full stop is added where none closes
+    it. Durations are linear in `weights` (`durations.json`, fitted by recipes/align.py); without, all are alike.
 
     Raises:
         ValueError: a character other than letters, apostrophe, space and , . ? ! ; : - or a word that is not in
-            the lexicon; the message names it and how to spell it.
+            the lexicon (the message names it and how to spell it); fewer units of time than phonemes.
     """
 
     name = "phoneme"
 
+    def __init__(self, weights: Mapping[str, float] | None = None, units_per_phoneme: float = 3.5) -> None:
+        self.weights, self.units_per_phoneme = weights, units_per_phoneme
+
     def __call__(self, text: str, frames: int | None = None) -> list[str]:
-        tokens = [phoneme for part in self._parts(text) for phoneme in self._phonemes(part)]
-        return [token for token in tokens for _ in range(REPEATS[token])]
+        phonemes = self.phonemes(text)
+        if not phonemes:
+            return []
+        durations = self.durations(phonemes)
+        usual = max(round(sum(durations) * self.units_per_phoneme), len(phonemes))
+        units = spread(durations, usual if frames is None else frames // UNIT_FRAMES)
+        return [phoneme for phoneme, count in zip(phonemes, units, strict=True) for _ in range(count)]
 
     def prompt(self, reference_text: str, text: str, reference_frames: int, frames: int) -> list[str]:
-        return self(f"{reference_text} {text}")
+        # as when aligned: a reference of odd length ends with half a unit
+        reference = reference_frames + reference_frames % UNIT_FRAMES
+        return self(reference_text, reference) + self(text, frames - reference)
 
     def spoken_length(self, text: str) -> float:
-        return float(len(self(text)))
+        return float(sum(self.durations(self.phonemes(text))))
+
+    @staticmethod
+    def phonemes(text: str) -> list[str]:
+        """The sentence or sentences as tokens, each once; none if no word is said."""
+        parts = PhonemeTokenizer._parts(text)
+        if not any(part[-1].isalpha() or part[-1] in "'}" for part in parts):
+            return []
+        if parts[-1] not in PUNCTUATION:
+            parts = [*parts, "."]
+        tokens = [SILENCE]
+        for index, part in enumerate(parts):
+            tokens += PhonemeTokenizer._phonemes(part)
+            if part in ".?!" and index + 1 < len(parts):
+                tokens.append(SILENCE)
+        return tokens
+
+    def durations(self, phonemes: Sequence[str]) -> list[float]:
+        """Seconds of each phoneme relative to the mean phoneme; never below a fifth."""
+        if self.weights is None:
+            return [1.0] * len(phonemes)
+        features = duration_features(phonemes)
+        return [max(sum(self.weights.get(name, 0.0) for name in names), 0.2) for names in features]
 
     @staticmethod
     def _parts(text: str) -> list[str]:
@@ -137,54 +160,6 @@ class PhonemeTokenizer:
                 "use another word, or spell it in ARPAbet: {K AH0 M}"
             )
         return pronunciation
-
-
-class TimedPhonemeTokenizer:
-    """Phonemes repeated as often as they last units of two frames, by linear duration weights from forced alignment.
-
-    A sentence is " " (the silence before it), its phonemes and its punctuation; a full stop is added where none closes
-    it. Weights: `durations.json` of recipes/align.py; without, every phoneme lasts as `SHARES` says.
-    """
-
-    name = "timed_phoneme"
-
-    def __init__(self, weights: Mapping[str, float] | None = None, units_per_phoneme: float = 3.5) -> None:
-        self.weights, self.units_per_phoneme = weights, units_per_phoneme
-
-    def __call__(self, text: str, frames: int | None = None) -> list[str]:
-        phonemes = self.phonemes(text)
-        durations = self.durations(phonemes)
-        usual = max(round(sum(durations) * self.units_per_phoneme), len(phonemes))
-        units = spread(durations, usual if frames is None else frames // UNIT_FRAMES)
-        return [phoneme for phoneme, count in zip(phonemes, units, strict=True) for _ in range(count)]
-
-    def prompt(self, reference_text: str, text: str, reference_frames: int, frames: int) -> list[str]:
-        # as when aligned: a reference of odd length ends with half a unit
-        reference = reference_frames + reference_frames % UNIT_FRAMES
-        return self(reference_text, reference) + self(text, frames - reference)
-
-    def spoken_length(self, text: str) -> float:
-        return float(sum(self.durations(self.phonemes(text))))
-
-    @staticmethod
-    def phonemes(text: str) -> list[str]:
-        """The sentence or sentences as tokens, each once."""
-        parts = PhonemeTokenizer._parts(text)
-        if not parts or parts[-1] not in PUNCTUATION:
-            parts = [*parts, "."]
-        tokens = [SILENCE]
-        for index, part in enumerate(parts):
-            tokens += PhonemeTokenizer._phonemes(part)
-            if part in ".?!" and index + 1 < len(parts):
-                tokens.append(SILENCE)
-        return tokens
-
-    def durations(self, phonemes: Sequence[str]) -> list[float]:
-        """Seconds of each phoneme relative to the mean phoneme; never below a fifth."""
-        if self.weights is None:
-            return [REPEATS.get(phoneme, 1) / 2 for phoneme in phonemes]
-        features = duration_features(phonemes)
-        return [max(sum(self.weights.get(name, 0.0) for name in names), 0.2) for names in features]
 
 
 def duration_features(phonemes: Sequence[str]) -> list[tuple[str, ...]]:
@@ -221,15 +196,14 @@ def spread(durations: Sequence[float], units: int) -> list[int]:
     return shares
 
 
-def _timed_phonemes() -> TimedPhonemeTokenizer:
+def _bundled_phonemes() -> PhonemeTokenizer:
     card = json.loads(resources.files("rlhf_mel").joinpath("assets/durations.json").read_text(encoding="utf-8"))
-    return TimedPhonemeTokenizer(card["weights"], card["units_per_phoneme"])
+    return PhonemeTokenizer(card["weights"], card["units_per_phoneme"])
 
 
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
     "char": CharTokenizer,
-    "phoneme": PhonemeTokenizer,
-    "timed_phoneme": _timed_phonemes,
+    "phoneme": _bundled_phonemes,
 }
 
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from rlhf_mel.text import (
     CharTokenizer,
     PhonemeTokenizer,
-    TimedPhonemeTokenizer,
     duration_features,
     load_tokenizer,
     load_vocab,
@@ -18,13 +17,28 @@ from rlhf_mel.text import (
 )
 
 
-def test_phonemes_of_a_known_word_are_repeated_by_their_share():
-    # CMUdict: hello HH AH0 L OW1; shares 1, 2, 1, 3; the full stop takes 4.
-    assert PhonemeTokenizer()("Hello.") == ["HH", "AH0", "AH0", "L", *["OW1"] * 3, *["."] * 4]
+def test_phonemes_of_a_known_word_share_its_frames():
+    # CMUdict: hello HH AH0 L OW1. 17 frames are 8 units of two; without weights the six tokens are alike:
+    # 8 - 6 = 2 spare ones are given where 2 k / 6 passes a half: at the second and the fifth
+    assert PhonemeTokenizer()("Hello.", 17) == [" ", "HH", "HH", "AH0", "L", "OW1", "OW1", "."]
 
 
-def test_spoken_length_counts_repeats():
-    assert PhonemeTokenizer().spoken_length("Hello.") == 1 + 2 + 1 + 3 + 4
+def test_a_prompt_gives_reference_and_text_their_own_frames():
+    # 7 reference frames end within their fourth unit; of 14 in all, 6 are left, three units
+    assert PhonemeTokenizer().prompt("oh.", "oh.", 7, 14) == [" ", "OW1", "OW1", ".", " ", "OW1", "."]
+    with pytest.raises(ValueError, match="a unit for each of 3 phonemes, got 2; speak slower"):
+        PhonemeTokenizer().prompt("oh.", "oh.", 7, 13)
+    assert CharTokenizer().prompt("ab", "c", 7, 14) == ["a", "b", " ", "c"]  # F5-TTS's
+
+
+def test_spoken_length_sums_durations():
+    # 0.2 is the least, for the silence and for the stop
+    assert PhonemeTokenizer({"OW1": 1.5}).spoken_length("oh") == 0.2 + 1.5 + 0.2
+
+
+def test_nothing_but_punctuation_is_nothing_to_say():
+    assert PhonemeTokenizer()(" ,. ") == [] == PhonemeTokenizer()("")
+    assert PhonemeTokenizer().spoken_length("!") == 0.0
 
 
 def test_char_tokenizer_takes_time_by_utf8_bytes():
@@ -33,7 +47,7 @@ def test_char_tokenizer_takes_time_by_utf8_bytes():
 
 
 def test_braces_spell_a_word():
-    assert PhonemeTokenizer()("{K AH0}") == ["K", "AH0", "AH0"]
+    assert PhonemeTokenizer.phonemes("{K AH0}") == [" ", "K", "AH0", "."]
 
 
 def test_semicolons_and_dashes_pause_like_commas():
@@ -49,14 +63,14 @@ def test_text_that_cannot_be_read_says_what_to_do(text, message):
         PhonemeTokenizer()(text)
 
 
-def test_timed_phonemes_have_silence_before_and_a_stop_after_each_sentence():
-    assert TimedPhonemeTokenizer().phonemes("Oh. Oh") == [" ", "OW1", ".", " ", "OW1", "."]
+def test_phonemes_have_silence_before_and_a_stop_after_each_sentence():
+    assert PhonemeTokenizer().phonemes("Oh. Oh") == [" ", "OW1", ".", " ", "OW1", "."]
 
 
-def test_timed_durations_are_sums_of_weights():
+def test_durations_are_sums_of_weights():
     # OW1 after silence and before a stop: 1.0 + 0.5 (after " ") + 0.25 (before ".") + 0.125 (a pause follows)
     weights = {"OW1": 1.0, " <": 0.5, ">.": 0.25, "OW1|pause": 0.125, ".": 0.1}
-    tokenizer = TimedPhonemeTokenizer(weights, units_per_phoneme=4.0)
+    tokenizer = PhonemeTokenizer(weights, units_per_phoneme=4.0)
     silence, vowel, stop = tokenizer.durations([" ", "OW1", "."])
     assert (silence, vowel, stop) == (0.2, 1.875, 0.2)  # 0.2 is the least
     # 0.8, 7.5 and 0.8 units are 9 together: one each, the other six to the vowel
