@@ -268,6 +268,11 @@ GUARDS: Mapping[str, Guard] = {
         lambda change: change >= -0.2 - SLACK,
         lambda before, after: float(np.min(after / np.maximum(before, FRAME_S) - 1)),
     ),
+    "f0_std_semitones": Guard(
+        "mean down by no more than 20 %",
+        lambda change: change >= -0.2 - SLACK,
+        lambda before, after: float(np.nanmean(after) / np.nanmean(before) - 1),
+    ),
 }
 """What an improvement must respect. The first is the judge: it has to agree."""
 

@@ -320,6 +320,7 @@ def result(**measures: Any) -> EvaluationResult:
         "level_dbfs": [-20.0, -22.0],
         "silence_ratio": [0.1, 0.2],
         "duration_s": [2.0, 1.0],
+        "f0_std_semitones": [3.0, 2.0],
     }
     measures = {name: values for name, values in {**base, **measures}.items() if values is not None}
     return EvaluationResult(measures, [], RATE_HZ, [])
@@ -349,6 +350,8 @@ class TestVerdict:
             ("level_dbfs", [-23.0, -22.0], [-23.1, -22.0]),  # -1.5, -1.55
             ("silence_ratio", [0.0, 0.4], [0.0, 0.41]),  # the worst clip: +0.2, +0.21; the mean fell
             ("duration_s", [3.0, 0.8], [3.0, 0.79]),  # the worst clip: -20 %, -21 %; the mean rose
+            ("f0_std_semitones", [2.0, 2.0], [1.9, 2.0]),  # the mean: -20 %, -22 %
+            ("f0_std_semitones", [math.nan, 2.1], [math.nan, 1.9]),  # of what has a pitch: -16 %, -24 %
         ],
     )
     def test_each_limit_from_both_sides(self, name: str, within: list[float], beyond: list[float]) -> None:
