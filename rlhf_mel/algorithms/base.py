@@ -2,6 +2,8 @@
 
     prompts --policy--> mel --vocoder--> waveform --reward models--> scores
 
+    collected = collect(prompts)    once, without gradients;    loss(collected)    for each of num_iterations updates
+
 `Pipeline` is that path, the same for every algorithm. An algorithm declares what it needs of it
 (`reward_gradient`) and checks it once, before the first update.
 
@@ -43,19 +45,52 @@ Metrics = dict[str, Tensor]
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """Turns prompts into a loss. Its class has a nested `Config`, a dataclass that checks its own values."""
+    """Turns prompts into a loss. Its class has a nested `Config`, a dataclass that checks its own values.
+
+    An algorithm with a state of its own (say, an average of the weights) also has `state_dict()` and
+    `load_state_dict(state)`: tensors, numbers and strings, saved with every checkpoint and restored on resume.
+    """
 
     name: str
     reward_gradient: bool
     """Whether the loss differentiates the rewards with respect to the mel."""
+    needs_groups: bool
+    """Whether it compares rollouts of one prompt with each other: num_generations must be at least 2."""
+    default_beta: float
+    """`beta` of a run that names none."""
 
     def check(self, pipeline: Pipeline) -> None:
         """Raise a ValueError if the pipeline lacks something that the loss needs."""
         ...
 
-    def loss(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> Any:
+        """What `loss` learns from, made without gradients and kept for `num_iterations` updates."""
+        ...
+
+    def loss(self, pipeline: Pipeline, collected: Any, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """The loss of one batch, and what to log of it."""
         ...
+
+    def on_update(self, pipeline: Pipeline) -> None:
+        """Called after each step of the optimizer."""
+        ...
+
+
+class AlgorithmBase:
+    """What most algorithms share: nothing to collect but the prompts, nothing to do after an update."""
+
+    reward_gradient = False
+    needs_groups = False
+    default_beta = 1.0
+
+    def check(self, pipeline: Pipeline) -> None:
+        return None
+
+    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> Any:
+        return prompts
+
+    def on_update(self, pipeline: Pipeline) -> None:
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +309,7 @@ def load_algorithm(name: str, options: Mapping[str, Any] | None = None, *, beta:
     Raises:
         ValueError: an unknown name or option; the message lists the known ones.
     """
-    factory = _find(name)
+    factory = algorithm_class(name)
     known = [f.name for f in dataclasses.fields(factory.Config)]
     for option in options or {}:
         if option not in known:
@@ -282,7 +317,8 @@ def load_algorithm(name: str, options: Mapping[str, Any] | None = None, *, beta:
     return factory(factory.Config(**(options or {})), beta=beta)
 
 
-def _find(name: str) -> Any:
+def algorithm_class(name: str) -> Any:
+    """The class behind a name that `load_algorithm` takes; raises ValueError for an unknown one."""
     if ":" in name:
         module_name, class_name = name.split(":", 1)
         return getattr(importlib.import_module(module_name), class_name)
