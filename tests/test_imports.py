@@ -26,6 +26,7 @@ LAYERS = (
     "recognizer",
     "rewards",
     "sound",
+    "advantages",
     "algorithms",
     "config",
     "data",

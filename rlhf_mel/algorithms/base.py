@@ -269,9 +269,9 @@ def score_metrics(scores: Scores, group_ids: Tensor | None) -> Metrics:
 
 
 def frac_zero_std(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """Share of groups all of whose rewards are equal: they say nothing of what is better."""
-    groups = [rewards[group_ids == group] for group in group_ids.unique()]
-    return torch.stack([(group == group[0]).all() for group in groups]).float().mean()
+    """Share of groups all of whose finite rewards are equal: they say nothing of what is better."""
+    groups = [rewards[(group_ids == group) & rewards.isfinite()] for group in group_ids.unique()]
+    return torch.stack([(group == group[:1]).all() for group in groups]).float().mean()
 
 
 def pool(batches: Sequence[Mapping[str, Sequence[float | bool]]]) -> dict[str, float]:
