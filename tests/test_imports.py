@@ -20,6 +20,8 @@ LAYERS = (
     "nn",
     "models",
     "policy",
+    "trajectories",
+    "policy_gradient",
     "cfm",
     "checkpoints",
     "vocoders",

@@ -35,7 +35,9 @@ import rlhf_mel.algorithms
 from rlhf_mel.audio import lengths_to_mask
 from rlhf_mel.policy import Policy, ReferencePolicy, rollout
 from rlhf_mel.rewards import Rewards
+from rlhf_mel.solvers import SDE, STEPWISE_METHODS
 from rlhf_mel.sound import sound
+from rlhf_mel.trajectories import Trajectory, sde_rollout
 from rlhf_mel.types import Prompts, Rollout, Scores
 from rlhf_mel.vocoders import Vocoder
 
@@ -136,11 +138,7 @@ class Pipeline:
             checkpoint=grad_steps > 1,  # one step's graph is all that is ever held, kept or recomputed
             **dataclasses.asdict(self.sampling),
         )
-        if not bool(torch.isfinite(spoken.mel).all()):
-            raise FloatingPointError(
-                "the policy generated a mel that is not finite: expected numbers, got NaN or infinity; lower "
-                "learning_rate or raise beta, and start again from the last checkpoint"
-            )
+        _check_finite(spoken.mel)
         if self.reference is None:
             return spoken, spoken.mel.new_zeros(len(prompts))
         mel, rate = spoken.mel[..., :-1], spoken.mel[..., -1]
@@ -148,10 +146,51 @@ class Pipeline:
         duration = times[-1] - times[-1 - grad_steps]
         return dataclasses.replace(spoken, mel=mel), frame_mean(rate, spoken.lengths_frames) / duration
 
+    def sde_rollout(
+        self, prompts: Prompts, generator: torch.Generator, *, sde: SDE, window: range, shared_prior: bool = False
+    ) -> tuple[Rollout, list[Trajectory]]:
+        """Rollout without gradients whose steps in `window` are random, and the probabilities of those steps."""
+        spoken, trajectories = sde_rollout(
+            self.policy,
+            prompts,
+            sde=sde,
+            window=window,
+            shared_prior=shared_prior,
+            generator=generator,
+            **dataclasses.asdict(self.sampling),
+        )
+        _check_finite(spoken.mel)
+        return spoken, trajectories
+
     def score(self, spoken: Rollout, prompts: Prompts) -> Scores:
         """What the rewards say of a rollout, in float32 whatever the autocast around it."""
         with torch.autocast(spoken.mel.device.type, enabled=False):
             return self.rewards(sound(self.vocoder, dataclasses.replace(spoken, mel=spoken.mel.float())), prompts)
+
+
+def _check_finite(mel: Tensor) -> None:
+    if not bool(torch.isfinite(mel).all()):
+        raise FloatingPointError(
+            "the policy generated a mel that is not finite: expected numbers, got NaN or infinity; lower "
+            "learning_rate or raise beta, and start again from the last checkpoint"
+        )
+
+
+def check_sde_window(name: str, pipeline: Pipeline, sde: SDE, window: range) -> None:
+    """Raise unless the steps of `window`, those that may be random, are in the grid and have noise."""
+    steps, method = pipeline.sampling.steps, pipeline.sampling.method
+    if sde.noise_level == 0:
+        raise ValueError(f"noise_level of {name}: expected above 0, got 0: without noise a step has no probability")
+    noisy = [step for step in range(steps) if sde.has_noise(step, steps)]
+    if not len(window) or not set(window) <= set(noisy):
+        raise ValueError(
+            f"algorithm {name!r} draws steps [{window.start}, {window.stop}): expected some of {noisy}, those of the "
+            f"{steps} sampling_steps that have noise by {sde.kind!r}; change window_range or sampling_steps"
+        )
+    if method not in STEPWISE_METHODS:
+        raise ValueError(
+            f"algorithm {name!r} takes single steps: expected --solver of {STEPWISE_METHODS}, got {method!r}"
+        )
 
 
 def require_reward_gradient(name: str, pipeline: Pipeline) -> None:
