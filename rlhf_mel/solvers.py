@@ -248,9 +248,11 @@ class SDE:
             return torch.cos(math.pi / 2 * self.noise_level * torch.ones_like(start))
         return (start * (1 - end) / (end * (1 - start))) ** (self.noise_level**2 / 2)
 
-    def has_noise(self, step: int, steps: int) -> bool:
-        """Whether step `step` of `steps` is random."""
-        return self.noise_level > 0 and (self.kind == "flow_sde" or step < steps - 1)
+    def random_steps(self, steps: int) -> range:
+        """Those of `steps` that noise enters."""
+        if self.noise_level == 0:
+            return range(0)
+        return range(steps if self.kind == "flow_sde" else steps - 1)
 
 
 @torch.no_grad()

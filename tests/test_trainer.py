@@ -88,7 +88,7 @@ def policy() -> CFM:
 
 
 def trainer(
-    folder: Path, dataset: PromptDataset, callbacks: Any = None, peft: Any = None, **options: Any
+    folder: Path, dataset: PromptDataset, callbacks: Any = None, peft: Any = None, reward: Any = None, **options: Any
 ) -> RLHFTrainer:
     defaults: dict[str, Any] = dict(
         output_dir=str(folder),
@@ -105,7 +105,7 @@ def trainer(
     )
     return RLHFTrainer(
         policy(),
-        reward_models=Near(),
+        reward_models=reward or Near(),
         args=RLHFConfig(**{**defaults, **options}),
         vocoder=Voice(),
         train_dataset=dataset,
@@ -215,6 +215,45 @@ def test_num_iterations_updates_learn_from_the_same_rollouts(tmp_path: Path, dat
     resumed = trainer(tmp_path, dataset, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.model.algorithm.seen == seen[6:]
+
+
+def quietness(completions: list[Any], **columns: Any) -> list[float]:
+    """A black box: no more than floats comes back."""
+    return [-float((waveform**2).mean()) for waveform in completions]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["flow_grpo", "ddpo"])
+def test_a_black_box_reward_trains_and_resumes_to_the_bit(
+    tmp_path: Path, dataset: PromptDataset, name: str, lora: bool
+) -> None:
+    own = {"window_size": 1, "window_shift_every": 2} if name == "flow_grpo" else {"per_prompt_buffer": 16}
+    options: dict[str, Any] = dict(
+        algorithm=name,
+        algorithm_kwargs=own,
+        sampling_steps=4,
+        sway_sampling_coef=None,
+        per_device_train_batch_size=4,
+        num_generations=2,
+        num_iterations=2,
+        max_steps=6,
+        save_steps=4,
+        save_total_limit=None,
+    )
+    peft = LoraConfig(r=2, init_lora_weights=False) if lora else None
+    whole = trainer(tmp_path, dataset, reward=quietness, peft=peft, **options)
+    whole.train()
+    uninterrupted = metrics(tmp_path)
+    assert {"kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"} < uninterrupted[0].keys()
+    assert uninterrupted[0]["reward"] == uninterrupted[1]["reward"] != uninterrupted[2]["reward"]
+    assert uninterrupted[0]["clip_ratio/region_mean"] == 0, "the first ratio is 1"
+    assert uninterrupted[1]["clip_ratio/region_mean"] > 0, "the second is not: the weights have moved"
+    assert uninterrupted[-1]["kl"] > 0 and (lora or uninterrupted[0]["kl"] == 0)
+
+    resumed = trainer(tmp_path, dataset, reward=quietness, peft=peft, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert metrics(tmp_path) == uninterrupted
+    assert same_weights(resumed.policy, whole.policy)
 
 
 def test_what_a_rollout_cannot_do_is_refused(tmp_path: Path, dataset: PromptDataset) -> None:

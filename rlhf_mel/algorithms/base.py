@@ -181,11 +181,12 @@ def check_sde_window(name: str, pipeline: Pipeline, sde: SDE, window: range) -> 
     steps, method = pipeline.sampling.steps, pipeline.sampling.method
     if sde.noise_level == 0:
         raise ValueError(f"noise_level of {name}: expected above 0, got 0: without noise a step has no probability")
-    noisy = [step for step in range(steps) if sde.has_noise(step, steps)]
-    if not len(window) or not set(window) <= set(noisy):
+    random = sde.random_steps(steps)
+    if not 0 <= window.start < window.stop <= random.stop:
         raise ValueError(
-            f"algorithm {name!r} draws steps [{window.start}, {window.stop}): expected some of {noisy}, those of the "
-            f"{steps} sampling_steps that have noise by {sde.kind!r}; change window_range or sampling_steps"
+            f"algorithm {name!r} trains steps [{window.start}, {window.stop}): expected some of [0, {random.stop}), "
+            f"those of the {steps} sampling_steps that have noise by {sde.kind!r}; change window_range or "
+            "sampling_steps"
         )
     if method not in STEPWISE_METHODS:
         raise ValueError(
