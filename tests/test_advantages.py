@@ -47,9 +47,10 @@ def test_a_missing_reward_counts_for_nothing(scale_rewards: str) -> None:
 
 
 def test_equal_rewards_have_advantage_exactly_zero() -> None:
-    # The mean of three 0.1 in float32 is not 0.1; divided by a deviation of 1e-4 the rounding would show.
-    rewards = torch.tensor([0.1, 0.1, 0.1, 1.0, 2.0])
-    assert group_advantages(rewards, torch.tensor([0, 0, 0, 1, 1]))[:3].tolist() == [0.0, 0.0, 0.0]
+    # In float32 the mean of seven 2.1 is not 2.1, and a deviation of 3e-7 would make advantages of the rounding.
+    rewards = torch.tensor([2.1] * 7 + [1.0, 2.0])
+    assert rewards[:7].mean() != rewards[0]
+    assert group_advantages(rewards, torch.tensor([0] * 7 + [1, 1]))[:7].tolist() == [0.0] * 7
 
 
 def trl_normalize_then_sum(per_reward: Tensor, weights: Tensor, num_generations: int) -> Tensor:

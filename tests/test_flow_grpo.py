@@ -151,13 +151,13 @@ def end_mean(steps: Sequence[tuple[float, float, float, float]], theta: Tensor) 
 
 
 def test_the_clipped_surrogate_by_hand() -> None:
-    ratio = torch.tensor([[0.7, 1.05, 1.5], [1.5, 0.7, 0.7]])
+    ratio = torch.tensor([[0.7, 1.5, 1.5], [1.5, 0.7, 0.7]])
     advantages = torch.tensor([2.0, -1.0, 1.0])
-    # Bounds 0.8 and 1.3. A = 2: max(-1.4, -1.6), max(-3.0, -2.6); A = -1: max(1.05, 1.05), max(0.7, 0.8);
+    # Bounds 0.8 and 1.3. A = 2: max(-1.4, -1.6), max(-3.0, -2.6); A = -1: max(1.5, 1.3), max(0.7, 0.8);
     # A = 1: max(-1.5, -1.3), max(-0.7, -0.8).
     clip = Clip(low=0.2, high=0.3)
     got = clipped_surrogate(ratio, advantages, clip)
-    assert torch.allclose(got, torch.tensor([[-1.4, 1.05, -1.3], [-2.6, 0.8, -0.7]]))
+    assert torch.allclose(got, torch.tensor([[-1.4, 1.5, -1.3], [-2.6, 0.8, -0.7]]))
     shares = clipped_shares(ratio, advantages, clip)
     assert shares["clip_ratio/high_mean"].tolist() == [0.5, 0.0, 0.5]
     assert shares["clip_ratio/low_mean"].tolist() == [0.0, 0.5, 0.0]
@@ -216,13 +216,35 @@ def test_the_first_ratio_is_exactly_one(name: str, guard: bool) -> None:
     assert policy.training and max(p.grad.abs().max() for p in policy.parameters() if p.grad is not None) > 1e-6
 
 
+def test_later_ratios_are_those_of_the_densities() -> None:
+    """exp of the mean over elements of log N(x'; mean + c_k 0.3, std) - log N(x'; mean, std)."""
+    policy, window = Shifted(), range(1, STEPS - 1)
+    algorithm = DDPO(DDPO.Config(window_range=[1, STEPS - 1]))
+    collected = algorithm.collect(pipeline(policy, MelReward()), prompts(4), torch.Generator().manual_seed(0))
+    (trajectory,) = collected.trajectories
+    with torch.no_grad():
+        policy.theta += 0.3
+    got = ratios(trajectory, *replay(policy, trajectory), Clip(low=1.0, high=1.0))
+    steps = chain(SDE(), window)
+    for place, k in enumerate(window):
+        *_, c, std = steps[k]
+        after, mean = trajectory.states[place + 1][:, REFERENCE:], trajectory.means[place][:, REFERENCE:]
+        log_probs = [torch.distributions.Normal(m, std).log_prob(after).mean((1, 2)) for m in (mean + 0.3 * c, mean)]
+        torch.testing.assert_close(got[place], (log_probs[0] - log_probs[1]).exp(), rtol=1e-4, atol=1e-5)
+    assert (got - 1).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("guard", [False, True])
 @pytest.mark.parametrize("kind", ["exponential", "flow_cps", "flow_sde"])
-def test_the_first_gradient_is_reinforce(kind: Any) -> None:
-    """-mean_i mean_k A_i mean_d (x' - mean) / std^2 c_k, with c_k = d mean / d theta_k."""
+def test_the_first_gradient_is_reinforce(kind: Any, guard: bool) -> None:
+    """-mean_i mean_k A_i mean_d z c_k / std, with z = (x' - mean) / std and c_k = d mean / d theta_k.
+
+    With GRPO-Guard std and 1 / dt weigh the steps anew: -mean_i mean_k A_i mean_d z c_k / dt.
+    """
     policy, sde = Shifted(), SDE(kind=kind)
     window = range(1, STEPS - 1)
     parts = pipeline(policy, MelReward(), anchored=False)
-    algorithm = DDPO(DDPO.Config(sde=kind, window_range=[1, STEPS - 1]))
+    algorithm = FlowGRPO(FlowGRPO.Config(sde=kind, window_range=[1, STEPS - 1], window_size=None, guard=guard))
     collected = algorithm.collect(parts, prompts(16), torch.Generator().manual_seed(0))
     algorithm.loss(parts, collected, torch.Generator())[0].backward()
     (trajectory,) = collected.trajectories
@@ -231,7 +253,8 @@ def test_the_first_gradient_is_reinforce(kind: Any) -> None:
     for k in window:
         *_, c, std = steps[k]
         z = (own[0][k] - own[1][k - 1]) / std  # states begin at step 1: state k is after step k
-        want = -(collected.advantages * z.mean((1, 2)) * c / std).mean() / len(window)
+        scale = float(GRID[k + 1] - GRID[k]) if guard else std
+        want = -(collected.advantages * z.mean((1, 2)) * c / scale).mean() / len(window)
         torch.testing.assert_close(policy.theta.grad[k], want, rtol=1e-3, atol=1e-6)
     assert policy.theta.grad[0] == policy.theta.grad[STEPS - 1] == 0, "steps of the ODE have no probability"
 
