@@ -21,7 +21,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from rlhf_mel.algorithms.base import load_algorithm
+from rlhf_mel.algorithms.base import algorithm_class, load_algorithm
 from rlhf_mel.rewards import known_rewards
 
 LORA_FIELDS = frozenset(
@@ -37,6 +37,10 @@ LORA_FIELDS = frozenset(
     }
 )
 """The fields of TRL's `ModelConfig` that mean something for a flow."""
+
+
+SHARED_OPTIONS = ("epsilon", "epsilon_high", "scale_rewards", "multi_objective_aggregation")
+"""Options that algorithms have in common with TRL's GRPOConfig: fields of the run, handed to the algorithm's Config."""
 
 
 NOT_SAVED = frozenset({"hub_token", "local_rank", "debug", "include_num_input_tokens_seen"})
@@ -79,13 +83,35 @@ class RLHFConfig(TrainingArguments):
         metadata=_help("Rewards by name (reward_models/NAME.py) or 'package.module:Name'."),
     )
     reward_weights: list[float] | None = field(default=None, metadata=_help("One weight a reward; default: 1 each."))
-    algorithm: str = field(default="draft", metadata=_help("A file of rlhf_mel/algorithms: 'draft', 'refl'."))
+    algorithm: str = field(
+        default="draft", metadata=_help("A file of rlhf_mel/algorithms: 'draft', 'refl', 'flow_grpo', ...")
+    )
     algorithm_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata=_help("Options of the algorithm's own Config, as JSON: '{\"grad_steps\": 4}'.")
     )
-    beta: float = field(
-        default=1.0,
-        metadata=_help("Weight of the anchor to the reference policy; 0: no reference is kept (as in TRL)."),
+    beta: float | None = field(
+        default=None,
+        metadata=_help(
+            "Weight of what ties the policy to the reference; 0: no reference is kept (as in TRL); default: the "
+            "algorithm's own."
+        ),
+    )
+    num_iterations: int = field(
+        default=1, metadata=_help("Updates that learn from the same rollouts (as in TRL), where there are rollouts.")
+    )
+    epsilon: float | None = field(
+        default=None, metadata=_help("How far below 1 a probability ratio counts; default: the algorithm's own.")
+    )
+    epsilon_high: float | None = field(
+        default=None, metadata=_help("How far above 1 a probability ratio counts; default: epsilon.")
+    )
+    scale_rewards: str | None = field(
+        default=None,
+        metadata=_help("Rewards are divided by the deviation of their 'group', of the 'batch', or by 'none'."),
+    )
+    multi_objective_aggregation: str | None = field(
+        default=None,
+        metadata=_help("Several rewards: 'sum_then_normalize', or 'normalize_then_sum', each by its own deviation."),
     )
     num_generations: int = field(
         default=1, metadata=_help("Rollouts of one prompt in a batch; divides per_device_train_batch_size.")
@@ -93,6 +119,13 @@ class RLHFConfig(TrainingArguments):
 
     sampling_steps: int = field(default=16, metadata=_help("Steps of the ODE solve, in training and evaluation."))
     cfg_strength: float = field(default=2.0, metadata=_help("Classifier-free guidance; 0: none, F5-TTS: 2."))
+    train_cfg_strength: float | None = field(
+        default=None,
+        metadata=_help(
+            "Guidance of training rollouts; default: cfg_strength. Without (0), training costs half, and Flow-GRPO "
+            "and FlowTTS-GRPO found it to learn faster."
+        ),
+    )
     sway_sampling_coef: float | None = field(
         default=-1.0, metadata=_help("Sway of the time grid, F5-TTS: -1; None: uniform.")
     )
@@ -128,13 +161,16 @@ class RLHFConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._as_given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        if self.beta is None:
+            self.beta = algorithm_class(self.algorithm).default_beta
         _check_numbers(self)
+        _check_schedule(self)
         self.reward_models = list(self.reward_models)
         # Without this, transformers takes the processes of a data-parallel run on CPUs for runs of their own.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         _check_rewards(self.reward_models, self.reward_weights)
-        load_algorithm(self.algorithm, self.algorithm_options, beta=self.beta)
+        load_algorithm(self.algorithm, self.algorithm_options, beta=self.beta or 0.0)
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns must be False: rewards read prompt columns that the policy does not; "
@@ -143,23 +179,28 @@ class RLHFConfig(TrainingArguments):
 
     @property
     def algorithm_options(self) -> Mapping[str, Any]:
-        """`algorithm_kwargs` as a mapping."""
+        """`algorithm_kwargs` as a mapping, and those of SHARED_OPTIONS that were given."""
         options = self.algorithm_kwargs or {}
         if not isinstance(options, Mapping):
             raise ValueError(
                 f"algorithm_kwargs must be a mapping: expected e.g. '{{\"grad_steps\": 4}}', got {options!r}"
             )
-        return options
+        shared = {name: getattr(self, name) for name in SHARED_OPTIONS if getattr(self, name) is not None}
+        if twice := sorted(shared.keys() & options.keys()):
+            raise ValueError(f"{twice} given twice: expected one value, got algorithm_kwargs with a second; remove it")
+        return {**shared, **options}
 
 
 def _check_numbers(config: RLHFConfig) -> None:
     """Raise on the first of our own numbers that is of the wrong kind or out of range."""
-    for name, least in (("num_eval_prompts", 0), ("num_generations", 1), ("sampling_steps", 1)):
+    for name, least in (("num_eval_prompts", 0), ("num_generations", 1), ("num_iterations", 1), ("sampling_steps", 1)):
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    for name in ("beta", "cfg_strength"):
+    for name in ("beta", "cfg_strength", "train_cfg_strength"):
         value = getattr(config, name)
+        if value is None and name == "train_cfg_strength":
+            continue
         if not isinstance(value, int | float) or value < 0:
             raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
     if config.per_device_train_batch_size % config.num_generations:
@@ -167,6 +208,20 @@ def _check_numbers(config: RLHFConfig) -> None:
             "per_device_train_batch_size counts rollouts and must be a multiple of num_generations: got "
             f"{config.per_device_train_batch_size} and {config.num_generations}; raise the batch size or use "
             "gradient_accumulation_steps"
+        )
+
+
+def _check_schedule(config: RLHFConfig) -> None:
+    """Raise if groups or checkpoints do not fit what the algorithm learns from."""
+    if config.num_generations < 2 and algorithm_class(config.algorithm).needs_groups:
+        raise ValueError(
+            f"algorithm {config.algorithm!r} compares rollouts of one prompt: expected num_generations of at least 2, "
+            f"got {config.num_generations}; 8 is a good start"
+        )
+    if config.save_strategy == "steps" and config.save_steps >= 1 and config.save_steps % config.num_iterations:
+        raise ValueError(
+            "a checkpoint between updates that share rollouts cannot be resumed exactly: expected save_steps to be a "
+            f"multiple of num_iterations, got {config.save_steps:g} and {config.num_iterations}"
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -96,10 +96,10 @@ def rollout(
     trajectories: dict[int, Tensor] = {}
     with evaluating(policy), torch.set_grad_enabled(differentiable):
         t = policy.timesteps(steps, sway_sampling_coef=sway_sampling_coef)
-        for rows in _rows_by_duration(prompts):
+        for rows in rows_by_duration(prompts):
             cond = policy.encode(prompts.select(rows), cfg_strength=cfg_strength)
             states = solve(
-                partial(_as_now(policy), cond=cond),
+                partial(velocity_as_now(policy), cond=cond),
                 policy.prior(cond, None if generators is None else [generators[row] for row in rows]),
                 t,
                 method=method,
@@ -111,10 +111,11 @@ def rollout(
                 mels[row] = mel[item, cond.generated[item]]
                 if return_trajectory:
                     trajectories[row] = torch.stack([state[item] for state in states])
-    return _collect(mels, trajectories)
+    return collect_rollout(mels, trajectories)
 
 
-def _rows_by_duration(prompts: Prompts) -> list[list[int]]:
+def rows_by_duration(prompts: Prompts) -> list[list[int]]:
+    """Places in the batch of the prompts of each total duration."""
     assert prompts.durations_frames is not None
     rows: dict[int, list[int]] = defaultdict(list)
     for row, duration in enumerate(prompts.durations_frames.tolist()):
@@ -122,11 +123,13 @@ def _rows_by_duration(prompts: Prompts) -> list[list[int]]:
     return list(rows.values())
 
 
-def _as_now(policy: Policy) -> Any:
+def velocity_as_now(policy: Policy | ReferencePolicy) -> Any:
+    """The policy's velocity, always in the train/eval mode it has now."""
     return keep_mode(policy, policy.velocity) if isinstance(policy, nn.Module) else policy.velocity
 
 
-def _collect(mels: dict[int, Tensor], trajectories: dict[int, Tensor]) -> Rollout:
+def collect_rollout(mels: Mapping[int, Tensor], trajectories: Mapping[int, Tensor] | None = None) -> Rollout:
+    """Mels [T, M], and trajectories [K+1, T_total, M] if any, by their place in the batch, padded and in order."""
     ordered = [mels[row] for row in range(len(mels))]
     lengths = torch.tensor([len(mel) for mel in ordered], device=ordered[0].device)
     trajectory = None

@@ -8,19 +8,40 @@ Gradients: with `checkpoint` each velocity keeps only its input and runs again i
 one step's graph whatever the number of steps, for 4/3 of the time. `grad_steps` truncates (DRaFT-K,
 arXiv:2309.17400). Euler and midpoint are written out: they are a line or two, wait for no device, and keep no
 solution buffer for autograd to copy at each step. Everything else is torchdiffeq's.
+
+Noise: for any sigma_t the SDE  dx = (v + sigma_t^2 s / 2) dt + sigma_t dW,  with the score s of path.py, has the
+marginals of the ODE, so a policy can explore without leaving its own distribution, and each step has a density. With
+sigma_t = a sqrt((1 - t) / t), as Flow-GRPO, and x_1 and x_0 the two ends that v predicts, a step goes from x to
+
+    "exponential"  x' ~ N(t' x_1 + (1 - t') rho x_0, (1 - t')^2 (1 - rho^2)), rho = (t (1 - t') / (t' (1 - t)))^(a^2/2)
+    "flow_cps"     the same with rho = cos(pi a / 2)
+    "flow_sde"     x' ~ N(x + dt v + (dt sigma_t^2 / 2) s, sigma_t^2 dt)
+
+The first holds x_1 fixed over the step and solves what is then linear exactly, sigma included: the noise n of
+x = t x_1 + (1 - t) n is an Ornstein-Uhlenbeck process with rho = exp(-int sigma^2 / (2 (1 - t)^2) dt). The second adds
+the same share of noise in every step, however small, so it converges to no SDE. The third is Euler-Maruyama, and wrong
+where dt is no less than t: near noise, in sway grids, x' has up to 1.24 times its deviation (a = 0.7) for any number
+of steps (tests/test_sde.py). The first two add no noise in the last step, the third hiss.
+
+References: Liu et al. 2025, Flow-GRPO, arXiv 2505.05470; Wang & Yu 2025, Flow-CPS, arXiv 2509.05952; both as in
+github.com/yifan123/flow_grpo, whose time runs the other way. Zou et al. 2026, Precise, arXiv 2605.23522, finds the same
+fault and holds x_1 fixed too. The exact linear part is that of SDE-DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 from torchdiffeq import odeint
+
+from rlhf_mel.path import noise_from_velocity, score
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ...], t scalar tensor) -> dx/dt [B, ...]."""
@@ -99,7 +120,7 @@ def solve(
     chosen = _chosen_steps(grad_steps, steps)
     if method not in STEPWISE_METHODS + WHOLE_METHODS:
         raise ValueError(f"ODE method: expected one of {STEPWISE_METHODS + WHOLE_METHODS}, got {method!r}")
-    differentiated = _differentiated(velocity, checkpoint, preserve_rng_state)
+    with_gradient = differentiated(velocity, checkpoint, preserve_rng_state)
     odeint_kwargs = dict(odeint_kwargs or {})
     if method in WHOLE_METHODS or odeint_kwargs.get("options"):  # only these make use of them
         if grad_steps is not None and len(chosen) not in (0, steps):
@@ -107,11 +128,11 @@ def solve(
                 f"grad_steps: expected a method that steps through the grid, {STEPWISE_METHODS} without"
                 f" options, got {method!r} with {odeint_kwargs}; pass grad_steps=None"
             )
-        function = differentiated if chosen else _constant(velocity)
+        function = with_gradient if chosen else _constant(velocity)
         states = odeint(lambda time, x: function(x, time), x0, t, method=method, **odeint_kwargs)
         return list(states.unbind())
     step = _STEPS.get(method) or _torchdiffeq_step(method)
-    functions = [differentiated if k in chosen else _constant(velocity) for k in range(steps)]
+    functions = [with_gradient if k in chosen else _constant(velocity) for k in range(steps)]
     cut = steps - grad_steps if isinstance(grad_steps, int) else None
     return _states(step, functions, x0, t, cut)
 
@@ -136,7 +157,9 @@ def _chosen_steps(grad_steps: GradSteps, steps: int) -> frozenset[int]:
     return frozenset(wanted)
 
 
-def _differentiated(velocity: Velocity, checkpoint: bool, preserve_rng_state: bool) -> Velocity:
+def differentiated(velocity: Velocity, checkpoint: bool, preserve_rng_state: bool = False) -> Velocity:
+    """`velocity` in the dtype of x; with `checkpoint` it keeps only its input and runs again in backward()."""
+
     def run(x: Tensor, t: Tensor) -> Tensor:
         if not (checkpoint and torch.is_grad_enabled()):
             return velocity(x, t).to(x.dtype)
@@ -171,3 +194,118 @@ def _torchdiffeq_step(method: str) -> Callable[..., Tensor]:
         return odeint(lambda t, y: velocity(y, t), x, torch.stack((start, end)), method=method)[-1]
 
     return step
+
+
+SDE_KINDS = ("exponential", "flow_cps", "flow_sde")
+
+
+class Transition(NamedTuple):
+    """Where a step leads: x' ~ N(mean, std^2), all elements independent."""
+
+    mean: Tensor
+    """[B, T, M]."""
+    std: Tensor
+    """Scalar, above 0 where there is noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SDE:
+    """How noise enters a step; the equations are at the top."""
+
+    kind: str = "exponential"
+    noise_level: float = 0.7
+    """a: 0 is Euler's step of the ODE, to the last bit. flow_grpo: 0.7; for "flow_cps" at most 1."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in SDE_KINDS:
+            raise ValueError(f"sde: expected one of {list(SDE_KINDS)}, got {self.kind!r}")
+        most = 1.0 if self.kind == "flow_cps" else math.inf
+        if not isinstance(self.noise_level, int | float) or not 0 <= self.noise_level <= most:
+            raise ValueError(f"noise_level of {self.kind}: expected 0 to {most:g}, got {self.noise_level!r}")
+
+    def transition(self, x: Tensor, v: Tensor, t: Tensor, step: int, moved: Tensor | None = None) -> Transition:
+        """The step from t[step] to t[step + 1], at x [B, T, M] with velocity v, at least float32.
+
+        moved: bool [B, T]; the other frames take Euler's step of the ODE. Noise in some frames only leaves the
+            marginals as they are too: sigma_t may be any matrix that does not depend on x.
+        """
+        start, end = t[step], t[step + 1]
+        ode = x + (end - start) * v
+        if self.kind == "flow_sde":
+            # At t = 0 sigma is infinite: flow_grpo, too, takes the time of the first step's end there.
+            variance = self.noise_level**2 * (1 - start) / torch.where(start > 0, start, t[1])
+            change = (end - start) * variance / 2 * score(x, v, start)
+            std = (variance * (end - start)).sqrt()
+        else:
+            rho = self._kept_noise(start, end)
+            change = -(1 - end) * (1 - rho) * noise_from_velocity(x, v, start)
+            std = (1 - end) * (1 - rho.square()).sqrt()
+        return Transition(ode + (change if moved is None else change.where(moved.unsqueeze(-1), 0.0)), std)
+
+    def _kept_noise(self, start: Tensor, end: Tensor) -> Tensor:
+        """rho: how much of the noise in x is still the same after the step; 1 without noise, 0 from t = 0."""
+        if self.kind == "flow_cps":
+            return torch.cos(math.pi / 2 * self.noise_level * torch.ones_like(start))
+        return (start * (1 - end) / (end * (1 - start))) ** (self.noise_level**2 / 2)
+
+    def random_steps(self, steps: int) -> range:
+        """Those of `steps` that noise enters."""
+        if self.noise_level == 0:
+            return range(0)
+        return range(steps if self.kind == "flow_sde" else steps - 1)
+
+
+@torch.no_grad()
+def solve_sde(
+    velocity: Velocity,
+    x0: Tensor,
+    t: Tensor,
+    sde: SDE,
+    noise: Callable[[], Tensor],
+    *,
+    window: range,
+    moved: Tensor | None = None,
+    method: str = "euler",
+) -> tuple[list[Tensor], list[Transition]]:
+    """The K + 1 states [B, T, M] from x0 on, at least float32, and what the steps of `window` were drawn from.
+
+    Outside the window the steps are those of `solve`, by `method`.
+
+    noise: standard normal like x0, anew at each call; called once a step of the window.
+    moved: bool [B, T], the frames that noise is added to; None: all.
+    """
+    if method not in STEPWISE_METHODS:
+        raise ValueError(f"ODE method beside SDE steps: expected one of {STEPWISE_METHODS}, got {method!r}")
+    ode_step = _STEPS.get(method) or _torchdiffeq_step(method)
+    function = _constant(velocity)
+    states = [x0.to(torch.promote_types(x0.dtype, torch.float32))]
+    transitions = []
+    for k, (start, end) in enumerate(pairwise(t.unbind())):
+        x = states[-1]
+        if k not in window:
+            states.append(ode_step(function, x, start, end))
+            continue
+        transitions.append(sde.transition(x, function(x, start), t, k, moved))
+        kick = transitions[-1].std * noise()
+        states.append(transitions[-1].mean + (kick if moved is None else kick.where(moved.unsqueeze(-1), 0.0)))
+    return states, transitions
+
+
+def mean_log_prob(x: Tensor, transition: Transition, counted: Tensor) -> Tensor:
+    """Mean [B] of log N(x; mean, std^2) over the elements of the frames `counted`, bool [B, T].
+
+    A mean, as in flow_grpo, so that ratios of long and short items are alike: the log-density of an item is this
+    times its number of elements, and a ratio of two such means is no ratio of likelihoods but its D-th root.
+    """
+    standard = (x - transition.mean) / transition.std
+    return counted_mean(-standard.square() / 2 - transition.std.log() - math.log(2 * math.pi) / 2, counted)
+
+
+def transition_kl(transition: Transition, reference: Tensor, counted: Tensor) -> Tensor:
+    """KL [B] from N(mean, std^2) to N(reference, std^2), (mean - reference)^2 / (2 std^2), as a mean likewise."""
+    return counted_mean(((transition.mean - reference) / transition.std).square() / 2, counted)
+
+
+def counted_mean(values: Tensor, counted: Tensor) -> Tensor:
+    """Mean [B] of `values` [B, T, M] over the frames `counted`, bool [B, T]."""
+    return values.mean(-1).where(counted, 0.0).sum(-1) / counted.sum(-1)

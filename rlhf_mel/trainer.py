@@ -1,10 +1,14 @@
 """RLHFTrainer: `transformers.Trainer` driving an algorithm, and the run folder it leaves behind.
 
-    loss(theta) = algorithm.loss(policy -> vocoder -> rewards)
+    loss(theta) = algorithm.loss(algorithm.collect(policy -> vocoder -> rewards))
 
 What Accelerate wraps is `UpdateLoss`: the policy is its only child, its `forward` is the loss. So DDP's hooks fire,
 and what is frozen (vocoder, rewards, reference policy) is in no bucket, checkpoint or optimizer. Gradient accumulation,
 clipping, schedules, checkpoints and resuming are the Trainer's.
+
+What `collect` returns is kept for `num_iterations` updates, in TRL's sense: with G micro-batches an update, batches
+b1..bG are collected in the first update and used again, in that order, by the next ones. Only checkpoints between two
+collections, at multiples of num_iterations, resume to the bit; from any other the batches are collected anew.
 
 The noise of every update is a function of (seed, step, process, micro-batch) and the order of the prompts one of (seed,
 epoch): a resumed run needs no saved generator to continue as the uninterrupted one.
@@ -28,7 +32,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from rlhf_mel.algorithms.base import Algorithm, Metrics, Pipeline, Sampling, load_algorithm, pool
 from rlhf_mel.checkpoints import load_policy, save_policy
@@ -45,6 +49,9 @@ from rlhf_mel.vocoders import Vocoder, load_vocoder
 SHOWN = ("reward", "dnsmos_ovrl", "cer", "voice_similarity")
 """What the console says of an evaluation; summary.json and report.html have all of it."""
 
+ALGORITHM_STATE = "algorithm.pt"
+"""File of a checkpoint with the state of an algorithm that has one."""
+
 
 class UpdateLoss(nn.Module):
     """The loss of an update as a module: what Accelerate wraps. Its only child is the policy."""
@@ -57,10 +64,12 @@ class UpdateLoss(nn.Module):
         self.algorithm = algorithm
         self.pipeline = pipeline  # no nn.Module: whatever is frozen stays out of parameters() and state_dict()
 
-    def forward(self, prompts: Prompts, noise_seed: int) -> dict[str, Tensor | Metrics]:
-        # On the CPU, so that a seed means the same noise on every device.
-        generator = torch.Generator().manual_seed(noise_seed)
-        loss, metrics = self.algorithm.loss(self.pipeline, prompts, generator)
+    @torch.no_grad()
+    def collect(self, prompts: Prompts, noise_seed: int) -> Any:
+        return self.algorithm.collect(self.pipeline, prompts, _generator(noise_seed))
+
+    def forward(self, collected: Any, noise_seed: int) -> dict[str, Tensor | Metrics]:
+        loss, metrics = self.algorithm.loss(self.pipeline, collected, _generator(noise_seed))
         return {"loss": loss, "metrics": metrics}
 
 
@@ -96,7 +105,7 @@ class RLHFTrainer(Trainer):
         args = args or RLHFConfig()
         _check_launch(args)
         self.peft_config = peft_config
-        algorithm = load_algorithm(args.algorithm, args.algorithm_options, beta=args.beta)
+        algorithm = load_algorithm(args.algorithm, args.algorithm_options, beta=args.beta or 0.0)
         rewards = _as_rewards(args.reward_models if reward_models is None else reward_models, args.reward_weights)
         policy = policy if isinstance(policy, nn.Module) else load_policy(policy or args.policy)
         vocoder = load_vocoder(vocoder or args.vocoder) if vocoder is None or isinstance(vocoder, str) else vocoder
@@ -109,14 +118,21 @@ class RLHFTrainer(Trainer):
             _freeze(part, args.device)
         self._pending: list[Metrics] = []
         self._micro_batch = (-1, 0)
+        self._collected: dict[int, Any] = {}
         self._clock = StepClock()
+        self._update_loss = UpdateLoss(algorithm, self.pipeline)
         super().__init__(
-            model=UpdateLoss(algorithm, self.pipeline),
+            model=self._update_loss,
             args=args,
             data_collator=partial(_collate, self.prompts),
             train_dataset=self.prompts,
             eval_dataset=self.heldout,
-            callbacks=[self._clock, MetricsFile(Path(args.output_dir)), *(callbacks or [])],
+            callbacks=[
+                self._clock,
+                AfterUpdate(self._update_loss),
+                MetricsFile(Path(args.output_dir)),
+                *(callbacks or []),
+            ],
         )
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(Console())
@@ -134,6 +150,7 @@ class RLHFTrainer(Trainer):
             save_config(folder / "config.yaml", self.args, self.peft_config)
             print(self._title(), flush=True)
         self._micro_batch = (-1, 0)
+        self._collected.clear()
         started = time.monotonic()
         before = self._listen("before")
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -153,15 +170,26 @@ class RLHFTrainer(Trainer):
         )
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        outputs = model(prompts=inputs["prompts"], noise_seed=self._noise_seed())
+        step, index = self._next_micro_batch()
+        # The same in a resumed run, different everywhere else.
+        where = (self.args.seed, step, self.args.process_index, index)
+        collected = self._collect(inputs["prompts"], step, index, mix_seed(*where, 1))
+        outputs = model(collected=collected, noise_seed=mix_seed(*where))
         self._pending.append(outputs["metrics"])
         return outputs["loss"]
 
-    def _noise_seed(self) -> int:
-        """Of (seed, step, process, micro-batch): the same in a resumed run, different everywhere else."""
+    def _next_micro_batch(self) -> tuple[int, int]:
+        """The update that is under way, and which of its micro-batches this is."""
         step, index = self._micro_batch
         self._micro_batch = (self.state.global_step, index + 1 if step == self.state.global_step else 0)
-        return mix_seed(self.args.seed, self.state.global_step, self.args.process_index, self._micro_batch[1])
+        return self._micro_batch
+
+    def _collect(self, prompts: Prompts, step: int, index: int, noise_seed: int) -> Any:
+        """What micro-batch `index` learns from: of this update if it is the first of its iterations, else kept."""
+        if step % self.args.num_iterations == 0 or index not in self._collected:
+            with self.accelerator.autocast():  # as in the loss, so that both compute the same numbers
+                self._collected[index] = self._update_loss.collect(prompts, noise_seed)
+        return self._collected[index]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics of all updates, micro-batches and processes since the last line."""
@@ -178,6 +206,10 @@ class RLHFTrainer(Trainer):
         return GroupSampler(
             len(self.prompts),
             num_generations=self.args.num_generations,
+            num_iterations=self.args.num_iterations,
+            rollouts_per_update=self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             epoch=lambda: int(self.state.epoch or 0),
         )
@@ -236,6 +268,22 @@ class RLHFTrainer(Trainer):
             print(f" verdict: {summary['verdict']['overall']}", flush=True)
         print(f"  report: {write_report(folder)}", flush=True)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Adds the algorithm's own state, where it has one."""
+        state_dict = getattr(self._update_loss.algorithm, "state_dict", None)
+        if state_dict is not None and self.args.should_save:
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(state_dict(), folder / ALGORITHM_STATE)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_state_dict = getattr(self._update_loss.algorithm, "load_state_dict", None)
+        if load_state_dict is not None:
+            state = torch.load(Path(resume_from_checkpoint) / ALGORITHM_STATE, map_location="cpu", weights_only=True)
+            load_state_dict(state)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Export the policy alone (checkpoints of the Trainer hold the same weights under `policy.`)."""
         if _internal_call:
@@ -261,6 +309,16 @@ class StepClock(TrainerCallback):
         """Mean since the last call."""
         seconds, self._seconds = self._seconds, []
         return sum(seconds) / max(len(seconds), 1)
+
+
+class AfterUpdate(TrainerCallback):
+    """Tells the algorithm of each step of the optimizer."""
+
+    def __init__(self, update_loss: UpdateLoss) -> None:
+        self._update_loss = update_loss
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._update_loss.algorithm.on_update(self._update_loss.pipeline)
 
 
 class MetricsFile(TrainerCallback):
@@ -301,7 +359,7 @@ class Console(ProgressCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs or "reward" not in logs:
             return
-        watched = ("reward", "anchor", "loss", "grad_norm", "step_time", "dropped_rollouts")
+        watched = ("reward", "anchor", "kl", "loss", "grad_norm", "step_time", "dropped_rollouts")
         shown = {name: logs[name] for name in logs if name in watched and (name != "dropped_rollouts" or logs[name])}
         write = print if self.training_bar is None else self.training_bar.write
         write(f"{state.global_step:>8}/{state.max_steps}  {_line(shown)}")
@@ -357,10 +415,10 @@ def _pipeline(
         policy=policy,
         vocoder=vocoder,
         rewards=rewards,
-        reference=ReferencePolicy(policy) if args.beta > 0 else None,
+        reference=ReferencePolicy(policy) if args.beta else None,
         sampling=Sampling(
             steps=args.sampling_steps,
-            cfg_strength=args.cfg_strength,
+            cfg_strength=args.cfg_strength if args.train_cfg_strength is None else args.train_cfg_strength,
             sway_sampling_coef=args.sway_sampling_coef,
             method=args.solver,
         ),
@@ -415,6 +473,11 @@ def _collate(dataset: PromptDataset, rows: Sequence[Mapping[str, Any]]) -> dict[
 
 def _all_prompts(dataset: PromptDataset) -> Prompts:
     return dataset.collate([dataset[row] for row in range(len(dataset))])
+
+
+def _generator(seed: int) -> torch.Generator:
+    """On the CPU, so that a seed means the same noise on every device."""
+    return torch.Generator().manual_seed(seed)
 
 
 def _freeze(part: Any, device: torch.device) -> None:

@@ -326,6 +326,8 @@ def test_means_by_hand() -> None:
     assert frame_mean(values, torch.tensor([2, 1])).tolist() == [2.0, 4.0]
     # group 7: 1 and 1; group 8: 2 and 3
     assert frac_zero_std(torch.tensor([1.0, 2.0, 1.0, 3.0]), torch.tensor([7, 8, 7, 8])).item() == 0.5
+    # a reward that is missing makes no difference
+    assert frac_zero_std(torch.tensor([1.0, 2.0, NAN, 3.0]), torch.tensor([7, 8, 7, 8])).item() == 0.5
 
 
 def test_pool_counts_rollouts_alike_whatever_their_batch() -> None:

@@ -86,6 +86,10 @@ def test_an_unknown_yaml_key_raises_and_suggests(tmp_path: Path) -> None:
         ({"num_generations": 2.5}, "num_generations must be a whole number"),
         ({"sampling_steps": 0}, "sampling_steps must be a whole number of at least 1, got 0"),
         ({"beta": "high"}, "beta must be a number"),
+        ({"num_iterations": 0}, "num_iterations must be a whole number of at least 1, got 0"),
+        ({"train_cfg_strength": -1.0}, "train_cfg_strength must be a number of at least 0"),
+        ({"epsilon": 0.1}, "unknown option 'epsilon' of algorithm 'draft'"),
+        ({"epsilon": 0.1, "algorithm_kwargs": {"epsilon": 0.2}}, r"\['epsilon'\] given twice"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
     ],
 )

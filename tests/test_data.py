@@ -129,6 +129,15 @@ def test_group_sampler_repeats_rows_and_reshuffles_by_epoch() -> None:
     assert list(sampler) != first and sorted(sampler) == sorted(first)
 
 
+def test_group_sampler_repeats_the_rows_of_an_update() -> None:
+    sampler = GroupSampler(5, num_generations=2, seed=1, epoch=lambda: 0, num_iterations=3, rollouts_per_update=4)
+    rows, once = list(sampler), list(GroupSampler(5, num_generations=2, seed=1, epoch=lambda: 0))
+    assert len(sampler) == len(rows) == 3 * 12
+    assert [rows[start : start + 4] for start in range(0, 36, 4)] == [
+        block for block in (once[:4], once[4:8], once[8:] + once[:2]) for _ in range(3)
+    ]
+
+
 def test_mix_seed_depends_on_every_number_and_their_order() -> None:
     seeds = {mix_seed(*numbers) for numbers in [(0, 1), (1, 0), (0, 0), (0, 1, 0), (0, 1, 1)]}
     assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)

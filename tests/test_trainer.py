@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline
 from rlhf_mel.audio import MelSpec
 from rlhf_mel.cfm import CFM
 from rlhf_mel.checkpoints import load_policy
@@ -86,7 +88,7 @@ def policy() -> CFM:
 
 
 def trainer(
-    folder: Path, dataset: PromptDataset, callbacks: Any = None, peft: Any = None, **options: Any
+    folder: Path, dataset: PromptDataset, callbacks: Any = None, peft: Any = None, reward: Any = None, **options: Any
 ) -> RLHFTrainer:
     defaults: dict[str, Any] = dict(
         output_dir=str(folder),
@@ -103,7 +105,7 @@ def trainer(
     )
     return RLHFTrainer(
         policy(),
-        reward_models=Near(),
+        reward_models=reward or Near(),
         args=RLHFConfig(**{**defaults, **options}),
         vocoder=Voice(),
         train_dataset=dataset,
@@ -157,6 +159,115 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, dataset: PromptD
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"))
     assert metrics(tmp_path / "run") == uninterrupted
     assert same_weights(resumed.policy, whole.policy)
+
+
+class Replay(AlgorithmBase):
+    """Collects noise and the texts, follows neither, and counts the updates in a state of its own."""
+
+    name = "replay"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        pass
+
+    def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
+        self.updates = 0
+        self.seen: list[tuple[int, list[str], float]] = []
+
+    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> tuple[list[str], float]:
+        assert not torch.is_grad_enabled()
+        return list(prompts.texts), torch.rand((), generator=generator).item()
+
+    def loss(self, pipeline: Pipeline, collected: Any, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        self.seen.append((self.updates, *collected))
+        return 0.0 * sum(p.sum() for p in pipeline.policy.parameters()), {"reward": torch.tensor([collected[1]])}
+
+    def on_update(self, pipeline: Pipeline) -> None:
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.updates = state["updates"]
+
+
+def test_num_iterations_updates_learn_from_the_same_rollouts(tmp_path: Path, dataset: PromptDataset) -> None:
+    # 5 prompts in updates of 2 micro-batches of 2: two blocks an epoch, the second filled up with two first rows.
+    options: dict[str, Any] = dict(
+        algorithm="test_trainer:Replay",
+        num_iterations=3,
+        gradient_accumulation_steps=2,
+        max_steps=6,
+        save_steps=3,
+        save_total_limit=None,
+    )
+    run = trainer(tmp_path, dataset, **options)
+    run.train()
+    seen = run.model.algorithm.seen
+    assert [update for update, *_ in seen] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5], "on_update follows each update"
+    blocks = [[(texts, noise) for _, texts, noise in seen[start : start + 2]] for start in range(0, 12, 2)]
+    assert blocks[0] == blocks[1] == blocks[2] and blocks[3] == blocks[4] == blocks[5]
+    assert len({noise for block in (blocks[0], blocks[3]) for _, noise in block}) == 4, "fresh noise for each batch"
+    texts = [text for block in (blocks[0], blocks[3]) for texts, _ in block for text in texts]
+    assert set(texts) == set(TEXTS) and texts[5:] == texts[:3]
+
+    resumed = trainer(tmp_path, dataset, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.model.algorithm.seen == seen[6:]
+
+
+def quietness(completions: list[Any], **columns: Any) -> list[float]:
+    """A black box: no more than floats comes back."""
+    return [-float((waveform**2).mean()) for waveform in completions]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["flow_grpo", "ddpo"])
+def test_a_black_box_reward_trains_and_resumes_to_the_bit(
+    tmp_path: Path, dataset: PromptDataset, name: str, lora: bool
+) -> None:
+    own = {"window_size": 1, "window_shift_every": 2} if name == "flow_grpo" else {"per_prompt_buffer": 16}
+    options: dict[str, Any] = dict(
+        algorithm=name,
+        algorithm_kwargs=own,
+        sampling_steps=4,
+        sway_sampling_coef=None,
+        per_device_train_batch_size=4,
+        num_generations=2,
+        num_iterations=2,
+        max_steps=6,
+        save_steps=4,
+        save_total_limit=None,
+    )
+    peft = LoraConfig(r=2, init_lora_weights=False) if lora else None
+    whole = trainer(tmp_path, dataset, reward=quietness, peft=peft, **options)
+    whole.train()
+    uninterrupted = metrics(tmp_path)
+    assert {"kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"} < uninterrupted[0].keys()
+    assert uninterrupted[0]["reward"] == uninterrupted[1]["reward"] != uninterrupted[2]["reward"]
+    assert uninterrupted[0]["clip_ratio/region_mean"] == 0, "the first ratio is 1"
+    assert uninterrupted[1]["clip_ratio/region_mean"] > 0, "the second is not: the weights have moved"
+    assert uninterrupted[-1]["kl"] > 0 and (lora or uninterrupted[0]["kl"] == 0)
+
+    resumed = trainer(tmp_path, dataset, reward=quietness, peft=peft, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert metrics(tmp_path) == uninterrupted
+    assert same_weights(resumed.policy, whole.policy)
+
+
+def test_what_a_rollout_cannot_do_is_refused(tmp_path: Path, dataset: PromptDataset) -> None:
+    with pytest.raises(ValueError, match="save_steps to be a multiple of num_iterations, got 100 and 3"):
+        trainer(tmp_path, dataset, num_iterations=3)
+
+
+def test_training_can_go_without_the_guidance_of_the_evaluation(tmp_path: Path, dataset: PromptDataset) -> None:
+    assert trainer(tmp_path, dataset).pipeline.sampling.cfg_strength == 2.0
+    run = trainer(tmp_path, dataset, train_cfg_strength=0.0, num_eval_prompts=1)
+    assert run.pipeline.sampling.cfg_strength == 0.0 and run.args.cfg_strength == 2.0
+    guided = trainer(tmp_path, dataset, num_eval_prompts=1)
+    heard = [one._listen("before") for one in (run, guided)]
+    assert heard[0].metrics["reward"] == heard[1].metrics["reward"]
 
 
 def test_each_epoch_has_its_own_order(tmp_path: Path, dataset: PromptDataset) -> None:
@@ -298,7 +409,7 @@ def test_two_processes_share_the_mean_gradient(tmp_path: Path) -> None:
         rewards: list[float] = []
         for rank in (0, 1):
             batch = dataset.collate([dataset[row] for row in order[2 * rank : 2 * rank + 2]])
-            output = alone.model(prompts=batch, noise_seed=mix_seed(42, 0, rank, 0))
+            output = alone.model(collected=batch, noise_seed=mix_seed(42, 0, rank, 0))
             (output["loss"] / 2).backward()
             rewards += output["metrics"]["reward"].tolist()
         want = {name: p.grad for name, p in alone.model.named_parameters() if p.grad is not None}

@@ -2,6 +2,8 @@
 
     prompts --policy--> mel --vocoder--> waveform --reward models--> scores
 
+    collected = collect(prompts)    once, without gradients;    loss(collected)    for each of num_iterations updates
+
 `Pipeline` is that path, the same for every algorithm. An algorithm declares what it needs of it
 (`reward_gradient`) and checks it once, before the first update.
 
@@ -33,7 +35,9 @@ import rlhf_mel.algorithms
 from rlhf_mel.audio import lengths_to_mask
 from rlhf_mel.policy import Policy, ReferencePolicy, rollout
 from rlhf_mel.rewards import Rewards
+from rlhf_mel.solvers import SDE, STEPWISE_METHODS
 from rlhf_mel.sound import sound
+from rlhf_mel.trajectories import Trajectory, sde_rollout
 from rlhf_mel.types import Prompts, Rollout, Scores
 from rlhf_mel.vocoders import Vocoder
 
@@ -43,19 +47,52 @@ Metrics = dict[str, Tensor]
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """Turns prompts into a loss. Its class has a nested `Config`, a dataclass that checks its own values."""
+    """Turns prompts into a loss. Its class has a nested `Config`, a dataclass that checks its own values.
+
+    An algorithm with a state of its own (say, an average of the weights) also has `state_dict()` and
+    `load_state_dict(state)`: tensors, numbers and strings, saved with every checkpoint and restored on resume.
+    """
 
     name: str
     reward_gradient: bool
     """Whether the loss differentiates the rewards with respect to the mel."""
+    needs_groups: bool
+    """Whether it compares rollouts of one prompt with each other: num_generations must be at least 2."""
+    default_beta: float
+    """`beta` of a run that names none."""
 
     def check(self, pipeline: Pipeline) -> None:
         """Raise a ValueError if the pipeline lacks something that the loss needs."""
         ...
 
-    def loss(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> Any:
+        """What `loss` learns from, made without gradients and kept for `num_iterations` updates."""
+        ...
+
+    def loss(self, pipeline: Pipeline, collected: Any, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """The loss of one batch, and what to log of it."""
         ...
+
+    def on_update(self, pipeline: Pipeline) -> None:
+        """Called after each step of the optimizer."""
+        ...
+
+
+class AlgorithmBase:
+    """What most algorithms share: nothing to collect but the prompts, nothing to do after an update."""
+
+    reward_gradient = False
+    needs_groups = False
+    default_beta = 1.0
+
+    def check(self, pipeline: Pipeline) -> None:
+        return None
+
+    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> Any:
+        return prompts
+
+    def on_update(self, pipeline: Pipeline) -> None:
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +138,7 @@ class Pipeline:
             checkpoint=grad_steps > 1,  # one step's graph is all that is ever held, kept or recomputed
             **dataclasses.asdict(self.sampling),
         )
-        if not bool(torch.isfinite(spoken.mel).all()):
-            raise FloatingPointError(
-                "the policy generated a mel that is not finite: expected numbers, got NaN or infinity; lower "
-                "learning_rate or raise beta, and start again from the last checkpoint"
-            )
+        _check_finite(spoken.mel)
         if self.reference is None:
             return spoken, spoken.mel.new_zeros(len(prompts))
         mel, rate = spoken.mel[..., :-1], spoken.mel[..., -1]
@@ -113,10 +146,52 @@ class Pipeline:
         duration = times[-1] - times[-1 - grad_steps]
         return dataclasses.replace(spoken, mel=mel), frame_mean(rate, spoken.lengths_frames) / duration
 
+    def sde_rollout(
+        self, prompts: Prompts, generator: torch.Generator, *, sde: SDE, window: range, shared_prior: bool = False
+    ) -> tuple[Rollout, list[Trajectory]]:
+        """Rollout without gradients whose steps in `window` are random, and the probabilities of those steps."""
+        spoken, trajectories = sde_rollout(
+            self.policy,
+            prompts,
+            sde=sde,
+            window=window,
+            shared_prior=shared_prior,
+            generator=generator,
+            **dataclasses.asdict(self.sampling),
+        )
+        _check_finite(spoken.mel)
+        return spoken, trajectories
+
     def score(self, spoken: Rollout, prompts: Prompts) -> Scores:
         """What the rewards say of a rollout, in float32 whatever the autocast around it."""
         with torch.autocast(spoken.mel.device.type, enabled=False):
             return self.rewards(sound(self.vocoder, dataclasses.replace(spoken, mel=spoken.mel.float())), prompts)
+
+
+def _check_finite(mel: Tensor) -> None:
+    if not bool(torch.isfinite(mel).all()):
+        raise FloatingPointError(
+            "the policy generated a mel that is not finite: expected numbers, got NaN or infinity; lower "
+            "learning_rate or raise beta, and start again from the last checkpoint"
+        )
+
+
+def check_sde_window(name: str, pipeline: Pipeline, sde: SDE, window: range) -> None:
+    """Raise unless the steps of `window`, those that may be random, are in the grid and have noise."""
+    steps, method = pipeline.sampling.steps, pipeline.sampling.method
+    if sde.noise_level == 0:
+        raise ValueError(f"noise_level of {name}: expected above 0, got 0: without noise a step has no probability")
+    random = sde.random_steps(steps)
+    if not 0 <= window.start < window.stop <= random.stop:
+        raise ValueError(
+            f"algorithm {name!r} trains steps [{window.start}, {window.stop}): expected some of [0, {random.stop}), "
+            f"those of the {steps} sampling_steps that have noise by {sde.kind!r}; change window_range or "
+            "sampling_steps"
+        )
+    if method not in STEPWISE_METHODS:
+        raise ValueError(
+            f"algorithm {name!r} takes single steps: expected --solver of {STEPWISE_METHODS}, got {method!r}"
+        )
 
 
 def require_reward_gradient(name: str, pipeline: Pipeline) -> None:
@@ -234,9 +309,9 @@ def score_metrics(scores: Scores, group_ids: Tensor | None) -> Metrics:
 
 
 def frac_zero_std(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """Share of groups all of whose rewards are equal: they say nothing of what is better."""
-    groups = [rewards[group_ids == group] for group in group_ids.unique()]
-    return torch.stack([(group == group[0]).all() for group in groups]).float().mean()
+    """Share of groups all of whose finite rewards are equal: they say nothing of what is better."""
+    groups = [rewards[(group_ids == group) & rewards.isfinite()] for group in group_ids.unique()]
+    return torch.stack([(group == group[:1]).all() for group in groups]).float().mean()
 
 
 def pool(batches: Sequence[Mapping[str, Sequence[float | bool]]]) -> dict[str, float]:
@@ -274,7 +349,7 @@ def load_algorithm(name: str, options: Mapping[str, Any] | None = None, *, beta:
     Raises:
         ValueError: an unknown name or option; the message lists the known ones.
     """
-    factory = _find(name)
+    factory = algorithm_class(name)
     known = [f.name for f in dataclasses.fields(factory.Config)]
     for option in options or {}:
         if option not in known:
@@ -282,7 +357,8 @@ def load_algorithm(name: str, options: Mapping[str, Any] | None = None, *, beta:
     return factory(factory.Config(**(options or {})), beta=beta)
 
 
-def _find(name: str) -> Any:
+def algorithm_class(name: str) -> Any:
+    """The class behind a name that `load_algorithm` takes; raises ValueError for an unknown one."""
     if ":" in name:
         module_name, class_name = name.split(":", 1)
         return getattr(importlib.import_module(module_name), class_name)

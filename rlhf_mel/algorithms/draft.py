@@ -16,7 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_mel.algorithms.base import Metrics, Pipeline, finite_mean, pathwise_scores, require_reward_gradient
+from rlhf_mel.algorithms.base import (
+    AlgorithmBase,
+    Metrics,
+    Pipeline,
+    finite_mean,
+    pathwise_scores,
+    require_reward_gradient,
+)
 from rlhf_mel.types import Prompts
 
 
@@ -25,7 +32,7 @@ def draft_loss(rewards: Tensor, anchor: Tensor, beta: float) -> Tensor:
     return -finite_mean(rewards) + beta * anchor.mean()
 
 
-class Draft:
+class Draft(AlgorithmBase):
     name = "draft"
     reward_gradient = True
 
@@ -53,10 +60,10 @@ class Draft:
                 f"got {self.config.grad_steps}"
             )
 
-    def loss(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+    def loss(self, pipeline: Pipeline, collected: Prompts, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         grad_steps = self.config.grad_steps or pipeline.sampling.steps
-        spoken, anchor = pipeline.rollout(prompts, generator, grad_steps=grad_steps)
-        rewards, metrics = pathwise_scores(pipeline, spoken, prompts)
+        spoken, anchor = pipeline.rollout(collected, generator, grad_steps=grad_steps)
+        rewards, metrics = pathwise_scores(pipeline, spoken, collected)
         return draft_loss(rewards, anchor, self.beta), metrics | {"anchor": anchor.detach()}
 
 

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_mel.algorithms.base import Metrics, Pipeline, finite_mean, pathwise_scores, require_reward_gradient
+from rlhf_mel.algorithms.base import (
+    AlgorithmBase,
+    Metrics,
+    Pipeline,
+    finite_mean,
+    pathwise_scores,
+    require_reward_gradient,
+)
 from rlhf_mel.types import Prompts
 
 
@@ -31,7 +38,7 @@ def window_start(steps: int, window: float) -> int:
     return min(steps - 1, steps - round(window * steps))
 
 
-class Refl:
+class Refl(AlgorithmBase):
     name = "refl"
     reward_gradient = True
 
@@ -55,12 +62,12 @@ class Refl:
     def check(self, pipeline: Pipeline) -> None:
         require_reward_gradient(self.name, pipeline)
 
-    def loss(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+    def loss(self, pipeline: Pipeline, collected: Prompts, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         steps = pipeline.sampling.steps
         start = window_start(steps, self.config.window)
         step = int(torch.randint(start, steps, (), generator=generator))
-        spoken, anchor = pipeline.rollout(prompts, generator, grad_steps=1, jump_from=step)
-        rewards, metrics = pathwise_scores(pipeline, spoken, prompts)
+        spoken, anchor = pipeline.rollout(collected, generator, grad_steps=1, jump_from=step)
+        rewards, metrics = pathwise_scores(pipeline, spoken, collected)
         loss = refl_loss(rewards, anchor, self.beta, self.config.margin)
         return loss, metrics | {"anchor": anchor.detach(), "jump_step": torch.tensor(float(step))}
 

@@ -1,0 +1,166 @@
+"""DDPO: the policy gradient of the reward through every random step of a rollout, with a clipped ratio; no groups.
+
+    A_i = (r_i - mean) / std,  over the batch of all processes;    loss: see policy_gradient.py
+
+In the first update on a batch every ratio is 1 and the gradient is REINFORCE's, -A grad log p_theta. With
+`per_prompt_buffer`, mean and std are those of a prompt's own last rewards, once there are enough of them: a prompt that
+is hard for everyone then no longer looks bad. Rewards need no gradient.
+
+Reference: Black et al. 2023, Training Diffusion Models with Reinforcement Learning, arXiv 2305.13301, and
+github.com/kvablack/ddpo-pytorch (defaults). Their DDIM steps are here the SDE steps of trajectories.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_mel.advantages import EPSILON
+from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline, check_sde_window, score_metrics
+from rlhf_mel.policy_gradient import Clip, Collected, check_clipping, policy_gradient_loss
+from rlhf_mel.solvers import SDE
+from rlhf_mel.types import Prompts
+
+
+class PromptStatistics:
+    """The last rewards of each prompt, by its group id."""
+
+    def __init__(self, buffer: int, min_count: int) -> None:
+        self._buffer = buffer
+        self._min_count = min_count
+        self._rewards: dict[int, deque[float]] = {}
+
+    def advantages(self, rewards: Tensor, group_ids: Sequence[int], everyone: Sequence[tuple[int, float]]) -> Tensor:
+        """Advantages [B] of `rewards` [B], 0 where a reward is not finite.
+
+        everyone: group id and reward of each rollout of all processes, these included; they are remembered.
+        """
+        finite = [(group, reward) for group, reward in everyone if math.isfinite(reward)]
+        for group, reward in finite:
+            self._rewards.setdefault(group, deque(maxlen=max(self._buffer, 1))).append(reward)
+        batch = _standardiser([reward for _, reward in finite])
+        own = {group: _standardiser(self._rewards[group]) for group in set(group_ids) if self._knows(group)}
+        rows = zip(group_ids, rewards.tolist(), strict=True)
+        return torch.tensor([own.get(group, batch)(reward) for group, reward in rows], device=rewards.device)
+
+    def _knows(self, group: int) -> bool:
+        return self._buffer > 0 and len(self._rewards.get(group, ())) >= self._min_count
+
+    def state_dict(self) -> dict[int, list[float]]:
+        return {group: list(last) for group, last in self._rewards.items()}
+
+    def load_state_dict(self, state: Mapping[int, Sequence[float]]) -> None:
+        self._rewards = {group: deque(last, maxlen=max(self._buffer, 1)) for group, last in state.items()}
+
+
+def _standardiser(rewards: Collection[float]) -> Callable[[float], float]:
+    """(r - mean) / (std + 1e-4) over `rewards`; 0 where r is not finite, or where all are equal."""
+    values = torch.tensor(list(rewards), dtype=torch.float64)
+    if len(set(rewards)) < 2:
+        return lambda reward: 0.0
+    mean, scale = values.mean().item(), values.std().item() + EPSILON
+    return lambda reward: (reward - mean) / scale if math.isfinite(reward) else 0.0
+
+
+def gathered(values: list[Any]) -> list[Any]:
+    """`values` of all processes, in order of their rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    lists: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(lists, values)
+    return [value for own in lists for value in own]
+
+
+class DDPO(AlgorithmBase):
+    name = "ddpo"
+    default_beta = 0.0
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        sde: str = "exponential"
+        """Noise of the random steps: 'exponential', 'flow_sde' or 'flow_cps' (see solvers.py)."""
+        noise_level: float = 0.7
+        """Its size a, see solvers.SDE."""
+        window_range: Sequence[int] | None = None
+        """Steps [first, stop) that are random and trained; null: all that have noise."""
+        epsilon: float = 1e-4
+        """Clip range of the ratio, which is per element (ddpo-pytorch: 1e-4); infinite: no bound."""
+        epsilon_high: float | None = None
+        """Upper clip range; null: epsilon."""
+        advantage_clip: float = 5.0
+        """Largest size of an advantage."""
+        per_prompt_buffer: int = 0
+        """Rewards that are remembered of each prompt, to compare its rollouts with; 0: none. Paper: 32."""
+        per_prompt_min_count: int = 16
+        """Rewards of a prompt from which on it is compared with itself instead of with the batch."""
+
+        def __post_init__(self) -> None:
+            check_clipping("ddpo", self.epsilon, self.epsilon_high, self.advantage_clip)
+            for option, least in (("per_prompt_buffer", 0), ("per_prompt_min_count", 2)):
+                value = getattr(self, option)
+                if not isinstance(value, int) or value < least:
+                    raise ValueError(f"{option} of ddpo: expected a whole number of at least {least}, got {value!r}")
+            if 0 < self.per_prompt_buffer < self.per_prompt_min_count:
+                raise ValueError(
+                    f"per_prompt_buffer of ddpo: expected 0 or at least the per_prompt_min_count of "
+                    f"{self.per_prompt_min_count}, got {self.per_prompt_buffer}"
+                )
+            if self.window_range is not None and len(self.window_range) != 2:
+                raise ValueError(f"window_range of ddpo: expected [first, stop), got {self.window_range!r}")
+            _ = self.step_noise
+
+        @property
+        def step_noise(self) -> SDE:
+            return SDE(kind=self.sde, noise_level=self.noise_level)
+
+        @property
+        def clip(self) -> Clip:
+            return Clip(low=self.epsilon, high=self.epsilon if self.epsilon_high is None else self.epsilon_high)
+
+    def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
+        self.config = config or self.Config()
+        self.beta = beta
+        self._statistics = PromptStatistics(self.config.per_prompt_buffer, self.config.per_prompt_min_count)
+
+    def check(self, pipeline: Pipeline) -> None:
+        check_sde_window(self.name, pipeline, self.config.step_noise, self._window(pipeline))
+
+    def _window(self, pipeline: Pipeline) -> range:
+        if self.config.window_range is not None:
+            return range(*self.config.window_range)
+        return self.config.step_noise.random_steps(pipeline.sampling.steps)
+
+    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> Collected:
+        sde, window = self.config.step_noise, self._window(pipeline)
+        spoken, trajectories = pipeline.sde_rollout(prompts, generator, sde=sde, window=window)
+        scores = pipeline.score(spoken, prompts)
+        group_ids = [0] * len(prompts) if prompts.group_ids is None else prompts.group_ids.tolist()
+        everyone = gathered(list(zip(group_ids, scores.total.tolist(), strict=True)))
+        advantages = self._statistics.advantages(scores.total, group_ids, everyone)
+        dropped = ~scores.total.isfinite()
+        return Collected(
+            trajectories=trajectories,
+            advantages=advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip),
+            dropped=dropped,
+            metrics=score_metrics(scores, prompts.group_ids) | {"dropped_rollouts": dropped},
+        )
+
+    def loss(self, pipeline: Pipeline, collected: Collected, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        clip, reference = self.config.clip, pipeline.reference
+        loss, metrics = policy_gradient_loss(pipeline.policy, reference, collected, clip=clip, beta=self.beta)
+        return loss, {**collected.metrics, **metrics}
+
+    def state_dict(self) -> dict[int, list[float]]:
+        return self._statistics.state_dict()
+
+    def load_state_dict(self, state: Mapping[int, Sequence[float]]) -> None:
+        self._statistics.load_state_dict(state)
+
+
+algorithm = DDPO

@@ -1,0 +1,166 @@
+"""Flow-GRPO: rollouts of one prompt compete; what the better ones did at random becomes more probable.
+
+    A_i = (r_i - mean_group) / std_group;    loss: see policy_gradient.py
+
+Rewards need no gradient. The steps of a window are those of an SDE with the flow's own marginals, all others of the
+ODE (see trajectories.py). The window decides the variant:
+
+    window_size = null, window_range = [0, K]     Flow-GRPO: every step (with sde = flow_sde; others: [0, K - 1])
+    window_size = 2                               Flow-GRPO-Fast: a window drawn anew for each batch (the default)
+    window_size = 4, window_shift_every = 25      MixGRPO: a window that moves on by a step every 25 updates
+    guard = true                                  GRPO-Guard
+
+References: Liu et al. 2025, Flow-GRPO, arXiv 2505.05470, and its repository (Fast, defaults); Li et al. 2025, MixGRPO,
+arXiv 2507.21802; Wang et al. 2025, GRPO-Guard, arXiv 2510.22319. Flow-GRPO trains best without guidance, which is
+--train_cfg_strength 0; FlowTTS-GRPO (arXiv 2606.23190) found the same of F5-TTS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf_mel.advantages import check_scaling, score_advantages
+from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline, check_sde_window, score_metrics
+from rlhf_mel.policy_gradient import Clip, Collected, check_clipping, policy_gradient_loss
+from rlhf_mel.solvers import SDE
+from rlhf_mel.types import Prompts
+
+
+def window_at(first: int, stop: int, size: int | None, position: int) -> range:
+    """The window of `size` steps at `position`, modulo the places there are in the steps [first, stop)."""
+    size = stop - first if size is None else size
+    start = first + position % (stop - first - size + 1)
+    return range(start, start + size)
+
+
+class FlowGRPO(AlgorithmBase):
+    name = "flow_grpo"
+    needs_groups = True
+    default_beta = 0.04
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        sde: str = "exponential"
+        """Noise of the random steps: 'exponential', 'flow_sde' (the paper's) or 'flow_cps' (see solvers.py)."""
+        noise_level: float = 0.7
+        """Its size a. flow_grpo: 0.7, with 'flow_cps' 0.8; FlowTTS-GRPO: 0.5."""
+        window_size: int | None = 2
+        """Random steps of a rollout, in a row; null: all of window_range."""
+        window_range: Sequence[int] | None = None
+        """Steps [first, stop) that the window lies in; null: those that begin at 0 < t < 1/2.
+
+        flow_grpo's Fast takes the first half of its steps. With sway that would be t < 0.08: hardly any lever.
+        """
+        window_shift_every: int | None = None
+        """Updates after which the window moves on by one step, at the end back to the beginning; null: random."""
+        shared_prior: bool = False
+        """Start the rollouts of a group at the same noise: they then differ by the window's noise only."""
+        epsilon: float = 1e-4
+        """Clip range of the ratio, which is per element: of a likelihood it would be epsilon times their number."""
+        epsilon_high: float | None = None
+        """Upper clip range; null: epsilon."""
+        scale_rewards: str = "group"
+        """Divide advantages by the standard deviation of their 'group', the 'batch' (one device's), or by 'none'."""
+        multi_objective_aggregation: str = "sum_then_normalize"
+        """Several rewards: sum them, then normalise ('sum_then_normalize'), or each first ('normalize_then_sum')."""
+        advantage_clip: float = 5.0
+        """Largest size of an advantage."""
+        guard: bool = False
+        """Ratio and step weights of GRPO-Guard; its epsilon is smaller still, 2e-6 in verl-omni."""
+
+        def __post_init__(self) -> None:
+            check_clipping("flow_grpo", self.epsilon, self.epsilon_high, self.advantage_clip)
+            check_scaling("flow_grpo", self.scale_rewards, self.multi_objective_aggregation)
+            self._check_window()
+            _ = self.step_noise
+
+        def _check_window(self) -> None:
+            for option in ("window_size", "window_shift_every"):
+                value = getattr(self, option)
+                if value is not None and (not isinstance(value, int) or value < 1):
+                    raise ValueError(
+                        f"{option} of flow_grpo: expected a whole number of at least 1, or null, got {value!r}"
+                    )
+            bounds = self.window_range
+            if bounds is not None and (len(bounds) != 2 or not 0 <= bounds[0] < bounds[1]):
+                raise ValueError(f"window_range of flow_grpo: expected [first, stop) with first < stop, got {bounds!r}")
+
+        @property
+        def step_noise(self) -> SDE:
+            return SDE(kind=self.sde, noise_level=self.noise_level)
+
+        @property
+        def clip(self) -> Clip:
+            high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+            return Clip(low=self.epsilon, high=high, guard=self.guard)
+
+    def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
+        self.config = config or self.Config()
+        self.beta = beta
+        self._updates = 0
+
+    def check(self, pipeline: Pipeline) -> None:
+        first, stop = self._window_range(pipeline)
+        check_sde_window(self.name, pipeline, self.config.step_noise, range(first, stop))
+        if (self.config.window_size or 1) > stop - first:
+            raise ValueError(
+                f"window_size of flow_grpo: expected at most the {stop - first} steps of [{first}, {stop}), got "
+                f"{self.config.window_size}; set window_range or raise sampling_steps"
+            )
+
+    def _window_range(self, pipeline: Pipeline) -> tuple[int, int]:
+        if self.config.window_range is not None:
+            first, stop = self.config.window_range
+            return first, stop
+        sampling = pipeline.sampling
+        t = pipeline.policy.timesteps(sampling.steps, sway_sampling_coef=sampling.sway_sampling_coef)
+        return 1, min(int((t < 0.5).sum()), self.config.step_noise.random_steps(sampling.steps).stop)
+
+    def _window(self, pipeline: Pipeline, generator: torch.Generator) -> range:
+        every = self.config.window_shift_every
+        drawn = int(torch.randint(2**31, (), generator=generator))
+        position = drawn if every is None else self._updates // every
+        return window_at(*self._window_range(pipeline), self.config.window_size, position)
+
+    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> Collected:
+        config, window = self.config, self._window(pipeline, generator)
+        spoken, trajectories = pipeline.sde_rollout(
+            prompts, generator, sde=config.step_noise, window=window, shared_prior=config.shared_prior
+        )
+        scores = pipeline.score(spoken, prompts)
+        advantages = score_advantages(
+            scores,
+            dict(zip(pipeline.rewards.names, pipeline.rewards.weights, strict=True)),
+            prompts.group_ids,
+            scale_rewards=config.scale_rewards,
+            multi_objective_aggregation=config.multi_objective_aggregation,
+        )
+        dropped = ~scores.total.isfinite()
+        return Collected(
+            trajectories=trajectories,
+            advantages=advantages.clamp(-config.advantage_clip, config.advantage_clip),
+            dropped=dropped,
+            metrics=score_metrics(scores, prompts.group_ids)
+            | {"dropped_rollouts": dropped, "window_start": torch.tensor(float(window.start))},
+        )
+
+    def loss(self, pipeline: Pipeline, collected: Collected, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        clip, reference = self.config.clip, pipeline.reference
+        loss, metrics = policy_gradient_loss(pipeline.policy, reference, collected, clip=clip, beta=self.beta)
+        return loss, {**collected.metrics, **metrics}
+
+    def on_update(self, pipeline: Pipeline) -> None:
+        self._updates += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"updates": self._updates}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self._updates = state["updates"]
+
+
+algorithm = FlowGRPO
