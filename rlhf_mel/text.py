@@ -25,6 +25,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .f5_text import ByteTokenizer, PinyinTokenizer
+
 PUNCTUATION = (",", ".", "?", "!")
 VOWELS = ("AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW")
 CONSONANTS = (*"BDFGKLMNPRSTVWYZ", "CH", "DH", "HH", "JH", "NG", "SH", "TH", "ZH")
@@ -227,8 +229,10 @@ def _timed_phonemes() -> TimedPhonemeTokenizer:
 
 
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
+    "byte": ByteTokenizer,
     "char": CharTokenizer,
     "phoneme": PhonemeTokenizer,
+    "pinyin": PinyinTokenizer,
     "timed_phoneme": _timed_phonemes,
 }
 
