@@ -47,6 +47,7 @@ from torch import Tensor
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
+@functools.cache
 def import_f5_tts() -> dict[str, Any]:
     """f5-tts's backbones and CFM by name, without running the __init__ of its packages."""
     spec = importlib.util.find_spec("f5_tts")
@@ -60,6 +61,16 @@ def import_f5_tts() -> dict[str, Any]:
         sys.modules[name] = package
     where = {name: f"backbones.{name.lower()}" for name in BACKBONES} | {"CFM": "cfm"}
     return {name: getattr(importlib.import_module(f"f5_tts.model.{module}"), name) for name, module in where.items()}
+
+
+@functools.cache
+def import_inference() -> Any:
+    """f5-tts's infer/utils_infer.py: load_checkpoint, load_model, preprocess_ref_audio_text. Needs pydub too."""
+    sys.modules["f5_tts.model"].CFM = import_f5_tts()["CFM"]
+    package = types.ModuleType("f5_tts.infer")
+    package.__path__ = [str(Path(sys.modules["f5_tts"].__path__[0]) / "infer")]
+    sys.modules["f5_tts.infer"] = package
+    return importlib.import_module("f5_tts.infer.utils_infer")
 
 
 def donor_weights(backbone: type, arguments: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     "types",
     "audio",
+    "f5_text",
     "text",
     "path",
     "solvers",
@@ -21,7 +22,9 @@ LAYERS = (
     "models",
     "policy",
     "cfm",
+    "published",
     "checkpoints",
+    "export",
     "vocoders",
     "recognizer",
     "rewards",

@@ -1,7 +1,8 @@
-"""What the fixtures hold is what the installed f5-tts computes: `pytest -m f5_tts`, with f5-tts 1.1.22 importable."""
+"""With f5-tts 1.1.22 importable (`pytest -m f5_tts`): the fixtures are what it computes; it loads what we export."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -10,10 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from problems import case_inputs
+from problems import MEL, VOCABULARY, call_sample, case_inputs, tiny_backbone
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
+
+from rlhf_mel.cfm import CFM
+from rlhf_mel.checkpoints import save_policy
+from rlhf_mel.export import export_f5
+from rlhf_mel.policy import add_lora
+from rlhf_mel.text import load_tokenizer, load_vocab
 
 FIXTURES = Path(__file__).parent / "fixtures"
 pytestmark = [
@@ -32,6 +39,22 @@ def make_fixtures() -> Any:
 @pytest.fixture(scope="module")
 def upstream(make_fixtures: Any) -> Any:
     return make_fixtures.Upstream()
+
+
+def lora_policy(backbone: str) -> CFM:
+    policy: Any = CFM(
+        tiny_backbone(backbone),
+        mel_spec_kwargs=MEL,
+        vocab_char_map=dict(VOCABULARY),
+        tokenizer=load_tokenizer("char"),
+    )
+    add_lora(policy)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return policy
 
 
 def assert_recorded(file: str, found: Mapping[str, Tensor]) -> None:
@@ -53,6 +76,62 @@ def test_other_backbones(make_fixtures: Any, upstream: Any) -> None:
 
 def test_gradients(make_fixtures: Any, upstream: Any) -> None:
     assert_recorded("f5_tts_gradients.safetensors", make_fixtures.record_gradients(upstream, case_inputs()))
+
+
+@pytest.fixture(scope="module")
+def inference(make_fixtures: Any) -> Any:
+    for name in ("pydub", "pypinyin", "rjieba"):
+        pytest.importorskip(name)
+    return make_fixtures.import_inference()
+
+
+@pytest.mark.parametrize("backbone", ["DiT", "UNetT", "MMDiT"])
+@pytest.mark.parametrize(
+    ("file", "layout", "use_ema"),
+    [
+        ("model.safetensors", "raw", True),
+        ("model.safetensors", "raw", False),
+        ("model.safetensors", "ema", True),
+        ("model.pt", "raw", True),
+        ("model.pt", "raw", False),
+    ],
+)
+def test_f5_tts_loads_what_we_export(
+    upstream: Any, inference: Any, tmp_path: Path, backbone: str, file: str, layout: str, use_ema: bool
+) -> None:
+    """f5-tts's own load_checkpoint, then its own sample(): a LoRA policy's speech, merged."""
+    policy = lora_policy(backbone)
+    path = export_f5(policy, tmp_path / file, layout=layout)
+    stock = inference.load_checkpoint(upstream.cfm(backbone, {}), str(path), "cpu", use_ema=use_ema)
+    calls = [(cfm, dict(rows=2, seed=3)) for cfm in (policy, stock)]
+    ours, theirs = (call_sample(cfm, case_inputs(), **call)[0] for cfm, call in calls)
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_f5_tts_loads_what_save_policy_writes(upstream: Any, inference: Any, tmp_path: Path) -> None:
+    policy = lora_policy("DiT")
+    path = save_policy(policy, tmp_path) / "policy.safetensors"
+    stock = inference.load_checkpoint(upstream.cfm("DiT", {}), str(path), "cpu", use_ema=True)
+    assert torch.equal(stock.transformer.proj_out.weight, policy.transformer.proj_out.weight)
+    vocab, size = importlib.import_module("f5_tts.model.utils").get_tokenizer(str(tmp_path / "vocab.txt"), "custom")
+    assert vocab == policy.vocab_char_map and size == len(vocab)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.pt"])
+def test_the_average_of_f5_tts_s_trainer_starts_from_what_we_export(upstream: Any, tmp_path: Path, file: str) -> None:
+    """Trainer.load_checkpoint gives the EMA dictionary to ema_pytorch, strictly."""
+    ema_pytorch = pytest.importorskip("ema_pytorch")
+    path = export_f5(lora_policy("DiT"), tmp_path / file, layout="ema")
+    content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    average = ema_pytorch.EMA(upstream.cfm("DiT", {}), include_online_model=False)
+    average.load_state_dict(content.get("ema_model_state_dict", content))
+
+
+def test_vocabulary_of_f5_tts_is_read_as_it_reads_it(inference: Any) -> None:
+    """2,545 tokens in the packaged vocab.txt."""
+    path = Path(inference.__file__).parent / "examples/vocab.txt"
+    vocab, size = importlib.import_module("f5_tts.model.utils").get_tokenizer(str(path), "custom")
+    assert load_vocab(path) == vocab and size == 2545
 
 
 def test_pinyin(make_fixtures: Any, upstream: Any) -> None:
