@@ -254,7 +254,8 @@ def write_safetensors(state: dict[str, Tensor], path: Path, policy: CFM) -> None
     def write(temporary: Path) -> None:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(state, temporary, {"format": "pt", METADATA: json.dumps(describe(policy))})
+        # one entry: safetensors writes several in any order, and equal weights should be equal files
+        save_file(state, temporary, {METADATA: json.dumps(describe(policy))})
         temporary.chmod(mode)  # safetensors lets only the owner read
 
     write_whole(path, write)
