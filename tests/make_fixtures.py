@@ -73,6 +73,12 @@ def import_inference() -> Any:
     return importlib.import_module("f5_tts.infer.utils_infer")
 
 
+def packaged_vocab() -> dict[str, int]:
+    """The 2,545 tokens of Emilia, as f5-tts reads them."""
+    path = Path(import_inference().__file__).parent / "examples/vocab.txt"
+    return importlib.import_module("f5_tts.model.utils").get_tokenizer(str(path), "custom")[0]
+
+
 def donor_weights(backbone: type, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     donor = backbone(**arguments)
     reinitialise(donor)

@@ -127,11 +127,9 @@ def test_the_average_of_f5_tts_s_trainer_starts_from_what_we_export(upstream: An
     average.load_state_dict(content.get("ema_model_state_dict", content))
 
 
-def test_vocabulary_of_f5_tts_is_read_as_it_reads_it(inference: Any) -> None:
-    """2,545 tokens in the packaged vocab.txt."""
-    path = Path(inference.__file__).parent / "examples/vocab.txt"
-    vocab, size = importlib.import_module("f5_tts.model.utils").get_tokenizer(str(path), "custom")
-    assert load_vocab(path) == vocab and size == 2545
+def test_vocabulary_of_f5_tts_is_read_as_it_reads_it(make_fixtures: Any, inference: Any) -> None:
+    vocab = load_vocab(Path(inference.__file__).parent / "examples/vocab.txt")
+    assert vocab == make_fixtures.packaged_vocab() and len(vocab) == 2545
 
 
 def test_pinyin(make_fixtures: Any, upstream: Any) -> None:
