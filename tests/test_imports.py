@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     "types",
     "audio",
+    "reference",
     "f5_text",
     "text",
     "path",
@@ -31,6 +32,7 @@ LAYERS = (
     "sound",
     "algorithms",
     "config",
+    "prompt_files",
     "data",
     "evaluate",
     "report",
