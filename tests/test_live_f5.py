@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 from problems import MEL, VOCABULARY, call_sample, case_inputs, tiny_backbone
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from torch.testing import assert_close
 
 from rlhf_mel.cfm import CFM
 from rlhf_mel.checkpoints import save_policy
+from rlhf_mel.data import f5_total_frames
 from rlhf_mel.export import export_f5
 from rlhf_mel.policy import add_lora
 from rlhf_mel.text import load_tokenizer, load_vocab
@@ -125,6 +127,43 @@ def test_the_average_of_f5_tts_s_trainer_starts_from_what_we_export(upstream: An
     content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     average = ema_pytorch.EMA(upstream.cfm("DiT", {}), include_online_model=False)
     average.load_state_dict(content.get("ema_model_state_dict", content))
+
+
+class Listener:
+    """Stands in for f5-tts's CFM and vocoder, and keeps what its inference asks for."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def sample(self, **call: Any) -> tuple[Tensor, None]:
+        self.calls.append(call)
+        return torch.zeros(1, call["duration"], 100), None
+
+    def decode(self, mel: Tensor) -> Tensor:
+        return torch.zeros(1, 1000)
+
+
+@pytest.mark.parametrize(
+    ("reference_text", "text"),
+    [
+        ("Hello there.", "Good morning, everyone."),
+        ("Hello there", "No."),
+        ("What?", "It is a fine day."),
+        ("早上好。", "今天天气不错。"),
+        ("你好", "Mixed 文本 here"),
+    ],
+)
+def test_prompts_are_joined_and_timed_as_its_inference_does(
+    inference: Any, tmp_path: Path, reference_text: str, text: str
+) -> None:
+    soundfile.write(tmp_path / "a.wav", 0.2 * torch.randn(30_000, generator=torch.Generator().manual_seed(0)), 24_000)
+    path, closed = inference.preprocess_ref_audio_text(str(tmp_path / "a.wav"), reference_text, show_info=str)
+    samples = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
+    listener = Listener()
+    next(inference.infer_batch_process((samples[None], 24_000), closed, [text], listener, listener, progress=None))
+    (call,) = listener.calls
+    assert call["duration"] == f5_total_frames(len(samples), 256, reference_text, text)
+    assert call["text"] == [load_tokenizer("pinyin").prompt(reference_text, text, 0, 0)]
 
 
 def test_vocabulary_of_f5_tts_is_read_as_it_reads_it(make_fixtures: Any, inference: Any) -> None:
