@@ -1,7 +1,7 @@
 """The one place that knows audio units: waveforms, log mels, lengths, levels and audio files.
 
 A log mel is `log(max(1e-5, F |STFT(w)|))` with a filterbank F of `n_mels` triangles from 0 Hz to half the
-sample rate. Two kinds are in use, and they are not interchangeable (S samples, hop h):
+sample rate, or as MelSpec says. Two kinds are in use, and they are not interchangeable (S samples, hop h):
 
 | kind      | frames   | reflected padding | magnitude              | filterbank                    |
 |-----------|----------|-------------------|------------------------|-------------------------------|
@@ -47,6 +47,9 @@ class MelSpec:
     n_mels: int = 100
     kind: str = "vocos"
     """"vocos" or "bigvgan", see the module."""
+    f_min_hz: float = 0.0
+    f_max_hz: float | None = None
+    """Edges of the filterbank; None: half the sample rate."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("vocos", "bigvgan"):
@@ -93,8 +96,8 @@ def _window_and_filters(spec: MelSpec, device: torch.device, dtype: torch.dtype)
     with torch.inference_mode(False):
         filters = torchaudio.functional.melscale_fbanks(
             n_freqs=spec.n_fft // 2 + 1,
-            f_min=0.0,
-            f_max=spec.sample_rate_hz / 2,
+            f_min=spec.f_min_hz,
+            f_max=spec.sample_rate_hz / 2 if spec.f_max_hz is None else spec.f_max_hz,
             n_mels=spec.n_mels,
             sample_rate=spec.sample_rate_hz,
             norm=None if spec.kind == "vocos" else "slaney",
