@@ -37,6 +37,8 @@ LAYERS = (
     "evaluate",
     "report",
     "trainer",
+    "adapters",
+    "cli",
 )
 """Each module may import those before it. A new module of rlhf_mel needs a place here."""
 
