@@ -1,7 +1,7 @@
 """The one place that knows audio units: waveforms, log mels, lengths, levels and audio files.
 
 A log mel is `log(max(1e-5, F |STFT(w)|))` with a filterbank F of `n_mels` triangles from 0 Hz to half the
-sample rate. Two kinds are in use, and they are not interchangeable (S samples, hop h):
+sample rate, or as MelSpec says. Two kinds are in use, and they are not interchangeable (S samples, hop h):
 
 | kind      | frames   | reflected padding | magnitude              | filterbank                    |
 |-----------|----------|-------------------|------------------------|-------------------------------|
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import overload
 
@@ -46,6 +47,9 @@ class MelSpec:
     n_mels: int = 100
     kind: str = "vocos"
     """"vocos" or "bigvgan", see the module."""
+    f_min_hz: float = 0.0
+    f_max_hz: float | None = None
+    """Edges of the filterbank; None: half the sample rate."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("vocos", "bigvgan"):
@@ -92,8 +96,8 @@ def _window_and_filters(spec: MelSpec, device: torch.device, dtype: torch.dtype)
     with torch.inference_mode(False):
         filters = torchaudio.functional.melscale_fbanks(
             n_freqs=spec.n_fft // 2 + 1,
-            f_min=0.0,
-            f_max=spec.sample_rate_hz / 2,
+            f_min=spec.f_min_hz,
+            f_max=spec.sample_rate_hz / 2 if spec.f_max_hz is None else spec.f_max_hz,
             n_mels=spec.n_mels,
             sample_rate=spec.sample_rate_hz,
             norm=None if spec.kind == "vocos" else "slaney",
@@ -175,46 +179,54 @@ def level_dbfs(waveform: Tensor, lengths_samples: Tensor | None = None) -> Tenso
 
 
 def load_audio(
-    path: str | Path,
+    source: str | Path | bytes,
     sample_rate_hz: int = 24_000,
     *,
     max_duration_s: float | None = MAX_REFERENCE_DURATION_S,
 ) -> Tensor:
-    """The clip at `path` as float32 [samples], mono (mean of channels), resampled to `sample_rate_hz`.
+    """The clip at a path, or a file's bytes, as float32 [samples], mono (mean of channels), at `sample_rate_hz`.
 
     Raises FileNotFoundError, or ValueError for what no policy should be conditioned on: a file that is not
     audio, an empty, silent (below -60 dBFS), clipped (over 1 % of samples at full scale) or overlong clip.
     """
-    waveform, file_rate_hz = _read_mono(Path(path))
-    if waveform.numel() == 0:
-        raise ValueError(f"{path}: expected sound, got an empty file; record it again")
-    if not torch.isfinite(waveform).all():
-        raise ValueError(f"{path}: expected finite samples, got NaN or infinity; export it as 16-bit PCM")
-    duration_s = waveform.numel() / file_rate_hz
-    if max_duration_s is not None and duration_s > max_duration_s:
-        raise ValueError(
-            f"{path}: expected at most {max_duration_s:g} s, got {duration_s:.1f} s; cut the clip, "
-            "or pass a larger max_duration_s"
-        )
-    if (level := level_dbfs(waveform[None]).item()) < -60:
-        raise ValueError(f"{path}: expected speech, got silence ({level:.0f} dBFS); record it louder")
-    if (clipped := (waveform.abs() >= 0.999).float().mean().item()) > 0.01:
-        raise ValueError(
-            f"{path}: expected at most 1 % of samples at full scale, got {clipped:.0%}: the clip is "
-            "distorted; record it at a lower gain"
-        )
+    waveform, file_rate_hz = read_speech(source, max_duration_s=max_duration_s)
     return resample(waveform[None], file_rate_hz, sample_rate_hz)[0]
 
 
-def _read_mono(path: Path) -> tuple[Tensor, int]:
+def read_speech(source: str | Path | bytes, *, max_duration_s: float | None = None) -> tuple[Tensor, int]:
+    """As load_audio, at the file's own sample rate: float32 [samples] and that rate in Hz."""
+    name = "audio in memory" if isinstance(source, bytes) else str(source)
+    waveform, file_rate_hz = _read_mono(source, name)
+    if waveform.numel() == 0:
+        raise ValueError(f"{name}: expected sound, got an empty file; record it again")
+    if not torch.isfinite(waveform).all():
+        raise ValueError(f"{name}: expected finite samples, got NaN or infinity; export it as 16-bit PCM")
+    duration_s = waveform.numel() / file_rate_hz
+    if max_duration_s is not None and duration_s > max_duration_s:
+        raise ValueError(
+            f"{name}: expected at most {max_duration_s:g} s, got {duration_s:.1f} s; cut the clip, "
+            "or pass a larger max_duration_s"
+        )
+    if (level := level_dbfs(waveform[None]).item()) < -60:
+        raise ValueError(f"{name}: expected speech, got silence ({level:.0f} dBFS); record it louder")
+    if (clipped := (waveform.abs() >= 0.999).float().mean().item()) > 0.01:
+        raise ValueError(
+            f"{name}: expected at most 1 % of samples at full scale, got {clipped:.0%}: the clip is "
+            "distorted; record it at a lower gain"
+        )
+    return waveform, file_rate_hz
+
+
+def _read_mono(source: str | Path | bytes, name: str) -> tuple[Tensor, int]:
     import soundfile  # not needed by training on tensors, and it loads a C library
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected an audio file, found none")
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise FileNotFoundError(f"{name}: expected an audio file, found none")
     try:
-        samples, file_rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
+        opened = BytesIO(source) if isinstance(source, bytes) else source
+        samples, file_rate_hz = soundfile.read(opened, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise ValueError(
-            f"{path}: expected audio that libsndfile reads (wav, flac, ogg, mp3), got: {error}; convert it"
+            f"{name}: expected audio that libsndfile reads (wav, flac, ogg, mp3), got: {error}; convert it"
         ) from error
     return torch.from_numpy(samples).mean(1), int(file_rate_hz)

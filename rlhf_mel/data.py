@@ -1,18 +1,21 @@
-"""Prompts from JSONL: what to say, and whose voice to say it in.
+"""Prompts: what to say, and whose voice to say it in.
 
-One row a prompt: `text`, `reference_audio` (a path, relative to the JSONL file), `reference_text`; optionally `id`,
-`voice`, and `duration_s` (seconds of speech to generate; without it the policy's duration rule decides). Any other
-column reaches the rewards by its name, through `Prompts.columns`.
+One row a prompt: `text`, `reference_audio` (a path relative to its list, or an encoded `Audio` of `datasets`) and
+`reference_text`; optionally `id`, `voice`, and `duration_s` (seconds of speech to generate; without it the policy's
+duration rule decides, or F5-TTS's where `PromptOptions` says so). Any other column reaches the rewards by its name,
+through `Prompts.columns`. prompt_files.py has the formats.
 
-A row that cannot be used is an error that names it, when the data set is built: no row is ever skipped.
+A row that cannot be used is an error that names it, when the data set is built; or it is dropped and counted, where
+that was asked for. None is ever skipped in silence.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from rlhf_mel.audio import MelSpec, load_audio, samples_to_frames
+from rlhf_mel.audio import MelSpec, load_audio, read_speech, samples_to_frames
+from rlhf_mel.f5_text import f5_reference_text
+from rlhf_mel.prompt_files import from_datasets, load_hub_rows, read_rows, rename
+from rlhf_mel.reference import prepare_reference
 from rlhf_mel.types import Prompts
 
 REQUIRED = ("text", "reference_audio", "reference_text")
@@ -30,9 +36,41 @@ SPLITS = ("train", "heldout")
 _CLIPS_IN_MEMORY = 512
 
 
+DURATION_RULES = ("policy", "f5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """What is done with rows beyond reading them."""
+
+    prepare_references: bool = False
+    """Shorten, trim and raise reference clips as F5-TTS's inference does (reference.py); long ones are not refused."""
+    duration_rule: str = "policy"
+    """Who decides where a row has no `duration_s`: "policy", or "f5", F5-TTS's inference (f5_total_frames)."""
+    drop_unusable: bool = False
+    """Leave out rows that cannot be used, with a warning that counts them; `PromptDataset.dropped` says why."""
+
+    def __post_init__(self) -> None:
+        if self.duration_rule not in DURATION_RULES:
+            raise ValueError(f"duration_rule: expected one of {list(DURATION_RULES)}, got {self.duration_rule!r}")
+
+
 @functools.lru_cache(maxsize=_CLIPS_IN_MEMORY)
-def _load_clip(path: str, sample_rate_hz: int) -> Tensor:
-    return load_audio(path, sample_rate_hz)
+def _load_clip(source: str | bytes, sample_rate_hz: int, prepare: bool = False) -> Tensor:
+    if prepare:
+        return prepare_reference(*read_speech(source), sample_rate_hz)
+    return load_audio(source, sample_rate_hz)
+
+
+def f5_total_frames(reference_samples: int, hop_length: int, reference_text: str, text: str) -> int:
+    """Frames of reference and speech by f5-tts's inference: as many bytes a frame as the reference.
+
+    R + int(R / bytes of the reference's text * bytes of the text / speed), R = samples // hop; speed is 1, and 0.3
+    below 10 bytes.
+    """
+    reference_frames = reference_samples // hop_length
+    spoken, said = (len(side.encode("utf-8")) for side in (text, f5_reference_text(reference_text)))
+    return reference_frames + int(reference_frames / said * spoken / (0.3 if spoken < 10 else 1.0))
 
 
 class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -44,6 +82,7 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
         name: how errors call the data set.
         mel_spec: sample rate of the clips, and the frames that `duration_s` is turned into.
         check_audio: load every clip once when built (about 5 ms each), so that a bad one stops the run at its start.
+        options: see PromptOptions.
 
     Raises:
         ValueError: some rows cannot be used; the message counts and lists them.
@@ -57,14 +96,21 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
         name: str = "prompts",
         mel_spec: MelSpec | None = None,
         check_audio: bool = True,
+        options: PromptOptions | None = None,
     ) -> None:
         self.name = name
         self.mel_spec = mel_spec or MelSpec()
+        self.options = options or PromptOptions()
+        self.dropped: list[str] = []
         self._root = Path(root)
         self.rows = rows if isinstance(rows, Dataset) else _table(rows)
         if not len(self.rows):
-            raise ValueError(f"{name} has no rows: expected one JSON object a line with {list(REQUIRED)}")
-        self._raise_if_any(self._problems(functools.partial(self._row_problem, check_audio=check_audio)))
+            raise ValueError(f"{name} has no rows: expected some, each with {list(REQUIRED)}")
+        problems = self._problems(functools.partial(self._row_problem, check_audio=check_audio))
+        if self.options.drop_unusable and 0 < len(problems) < len(self):
+            self._drop(problems)
+        else:
+            self._raise_if_any(list(problems.values()))
         self._raise_if_any(self._duration_problems())
 
     def __len__(self) -> int:
@@ -81,6 +127,7 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
             name=self.name,
             mel_spec=self.mel_spec,
             check_audio=False,
+            options=self.options,
         )
 
     def check_texts(self, tokenizer: Callable[[str], list[str]]) -> None:
@@ -93,7 +140,7 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 return str(error)
             return None
 
-        self._raise_if_any(self._problems(problem))
+        self._raise_if_any(list(self._problems(problem).values()))
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Prompts:
         """Rows of this data set as a batch; rows of one prompt share its row number as group id."""
@@ -114,27 +161,41 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def _durations_frames(self, rows: Sequence[Mapping[str, Any]], lengths: Tensor) -> Tensor | None:
         """Frames of the reference clip plus `duration_s`, rounded up to whole frames."""
         if rows[0].get("duration_s") is None:
-            return None
+            return self._f5_durations(rows, lengths) if self.options.duration_rule == "f5" else None
         frame_rate_hz = self.mel_spec.frame_rate_hz
         generated = torch.tensor([math.ceil(row["duration_s"] * frame_rate_hz) for row in rows])
         return samples_to_frames(lengths, self.mel_spec) + generated
 
-    def _path(self, row: Mapping[str, Any]) -> Path:
-        return self._root / row["reference_audio"]
+    def _f5_durations(self, rows: Sequence[Mapping[str, Any]], lengths: Tensor) -> Tensor:
+        hop = self.mel_spec.hop_length
+        pairs = zip(rows, lengths.tolist(), strict=True)
+        ruled = [f5_total_frames(samples, hop, row["reference_text"], row["text"]) for row, samples in pairs]
+        return torch.maximum(torch.tensor(ruled), samples_to_frames(lengths, self.mel_spec) + 1)  # as in CFM.sample
+
+    def _source(self, row: Mapping[str, Any]) -> str | bytes:
+        """The reference clip: a path, or the bytes of an encoded `Audio`."""
+        value = row["reference_audio"]
+        if isinstance(value, Mapping):
+            return value["bytes"] or str(self._root / value["path"])
+        return str(self._root / value)
 
     def _clip(self, row: Mapping[str, Any]) -> Tensor:
-        return _load_clip(str(self._path(row)), self.mel_spec.sample_rate_hz)
+        return _load_clip(self._source(row), self.mel_spec.sample_rate_hz, self.options.prepare_references)
 
     def _row_problem(self, row: Mapping[str, Any], *, check_audio: bool) -> str | None:
         """Why a row cannot be used, or None."""
         for column in REQUIRED:
+            encoded = row.get(column) if column == "reference_audio" else None
+            if isinstance(encoded, Mapping) and (encoded.get("bytes") or encoded.get("path")):
+                continue
             if not isinstance(row.get(column), str) or not row[column].strip():
                 return f"{column!r} must be a non-empty string, got {row.get(column)!r}"
         duration_s = row.get("duration_s")
         if duration_s is not None and not duration_s > 0:
             return f"'duration_s' must be above 0 seconds, got {duration_s!r}"
-        if not self._path(row).is_file():
-            return f"reference audio not found: {self._path(row)}"
+        source = self._source(row)
+        if isinstance(source, str) and not Path(source).is_file():
+            return f"reference audio not found: {source}"
         if check_audio:
             try:
                 self._clip(row)
@@ -142,12 +203,20 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 return str(error)
         return None
 
-    def _problems(self, problem_of: Callable[[Mapping[str, Any]], str | None]) -> list[str]:
-        return [
-            f"row {index} (id {row.get('id')!r}): {problem}"
+    def _problems(self, problem_of: Callable[[Mapping[str, Any]], str | None]) -> dict[int, str]:
+        """What is wrong, by row."""
+        return {
+            index: f"row {index} (id {row.get('id')!r}): {problem}"
             for index, row in enumerate(self.rows)
             if (problem := problem_of(row)) is not None
-        ]
+        }
+
+    def _drop(self, problems: Mapping[int, str]) -> None:
+        self.dropped = list(problems.values())
+        warnings.warn(
+            f"{self.name}: {len(problems)} of {len(self)} rows dropped; first: {self.dropped[0]}", stacklevel=3
+        )
+        self.rows = self.rows.select([index for index in range(len(self)) if index not in problems])
 
     def _duration_problems(self) -> list[str]:
         """`Prompts.durations_frames` is a tensor or None, so durations are given for all rows or for none."""
@@ -172,20 +241,56 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Dataset:
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
 
 
-def load_prompts(source: str | Path, *, split: str, mel_spec: MelSpec | None = None) -> PromptDataset:
-    """The prompts called `source`: 'tiny' (bundled), a JSONL file, or a folder with `{split}.jsonl`.
+def load_prompts(
+    source: str | Path,
+    *,
+    split: str,
+    mel_spec: MelSpec | None = None,
+    columns: Mapping[str, str] | None = None,
+    audio_root: str | Path | None = None,
+    options: PromptOptions | None = None,
+) -> PromptDataset:
+    """The prompts called `source`: 'tiny' (bundled), a list (prompt_files.py), or a folder with `{split}.jsonl`.
 
     Args:
         source: name or path.
         split: 'train' or 'heldout'; which of the bundled files, or of a folder's.
         mel_spec: that of the policy.
+        columns: our names to the list's, where they differ: {"text": "sentence"}.
+        audio_root: folder that relative paths of clips start from; the list's own unless given.
+        options: what is done with clips and durations.
 
     Raises:
         FileNotFoundError: no such file; the message says where it was looked for.
         ValueError: rows that cannot be used.
     """
     path = _prompt_file(source, split)
-    return PromptDataset(list(_read_jsonl(path)), root=path.parent, name=str(path), mel_spec=mel_spec)
+    rows = rename(read_rows(path), columns or {}, name=str(path))
+    return PromptDataset(rows, root=audio_root or path.parent, name=str(path), mel_spec=mel_spec, options=options)
+
+
+def load_dataset_prompts(
+    source: str | Dataset,
+    *,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    keep: Sequence[str] = (),
+    config: str | None = None,
+    mel_spec: MelSpec | None = None,
+    options: PromptOptions | None = None,
+) -> PromptDataset:
+    """Prompts from any source of `datasets`: a hub id, a local folder, or a Dataset in memory.
+
+    Args:
+        columns: our names (`text`, `reference_audio`, `reference_text`, `duration_s`) to theirs, where they differ.
+        keep: more columns for the rewards; all others are left out.
+        config: the data set's configuration, where it has several.
+        split, mel_spec, options: of the data set, of the policy, of the prompts.
+    """
+    name = source if isinstance(source, str) else "data set"
+    dataset = load_hub_rows(source, split=split, config=config) if isinstance(source, str) else source
+    named = {**{column: column for column in REQUIRED}, **(columns or {})}
+    return PromptDataset(from_datasets(dataset, named, keep, name=name), name=name, mel_spec=mel_spec, options=options)
 
 
 def _prompt_file(source: str | Path, split: str) -> Path:
@@ -200,21 +305,6 @@ def _prompt_file(source: str | Path, split: str) -> Path:
             f"no prompts at {path}: expected 'tiny', a JSONL file, or a folder with {split}.jsonl, got {str(source)!r}"
         )
     return path
-
-
-def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
-    """One mapping a non-empty line. (`datasets`' JSON reader names neither the file nor the line of an error.)"""
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
-            yield row
 
 
 class GroupSampler(torch.utils.data.Sampler[int]):

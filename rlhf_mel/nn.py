@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import wraps
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -151,6 +151,17 @@ class AdaLayerNormFinal(nn.Module):
         return self.norm(x) * (1 + scale) + shift
 
 
+class DirectionNorm(nn.Module):
+    """sqrt(D) g x / |x|: RMSNorm without an epsilon, its gain named `g` (x-transformers', in E2-TTS)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) * x.shape[-1] ** 0.5 * self.g
+
+
 class FeedForward(nn.Module):
     def __init__(self, dim: int, mult: float = 4, dropout: float = 0.0):
         super().__init__()
@@ -180,31 +191,90 @@ class SelfAttention(nn.Module):
         attn_mask_enabled: bool = False,
     ):
         super().__init__()
-        if qk_norm not in (None, "rms_norm"):
-            raise ValueError(f"qk_norm: expected None or 'rms_norm', got {qk_norm!r}")
         self.heads = heads
         self.pe_attn_head = pe_attn_head
         self.attn_mask_enabled = attn_mask_enabled
         self.to_q = nn.Linear(dim, heads * dim_head)
         self.to_k = nn.Linear(dim, heads * dim_head)
         self.to_v = nn.Linear(dim, heads * dim_head)
-        self.q_norm = nn.RMSNorm(dim_head, eps=1e-6) if qk_norm else None
-        self.k_norm = nn.RMSNorm(dim_head, eps=1e-6) if qk_norm else None
+        self.q_norm = _head_norm(qk_norm, dim_head)
+        self.k_norm = _head_norm(qk_norm, dim_head)
         self.to_out = nn.ModuleList([nn.Linear(heads * dim_head, dim), nn.Dropout(dropout)])
 
     def forward(self, x: Tensor, mask: Tensor | None, rope: Rope) -> Tensor:
-        query, key, value = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.to_q, self.to_k, self.to_v)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            # in the dtype of the weights: under autocast these stay float32
-            query = self.q_norm(query.to(self.q_norm.weight.dtype)).to(value.dtype)
-            key = self.k_norm(key.to(self.k_norm.weight.dtype)).to(value.dtype)
-        query, key = apply_rope(query, rope, self.pe_attn_head), apply_rope(key, rope, self.pe_attn_head)
+        query, key, value = (split_heads(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
+        query = apply_rope(norm_heads(query, self.q_norm), rope, self.pe_attn_head)
+        key = apply_rope(norm_heads(key, self.k_norm), rope, self.pe_attn_head)
         attended = mask[:, None, None, :] if self.attn_mask_enabled and mask is not None else None
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=attended)
         project_out, dropout = self.to_out
         return zero_padding(dropout(project_out(x.transpose(1, 2).flatten(2))), mask)
+
+
+class JointAttention(nn.Module):
+    """Attention of audio frames and text tokens together, each with projections of its own (MM-DiT).
+
+    Esser et al. 2024 (arXiv:2403.03206). Rotary positions count from 0 in both. In the `last` block the text is
+    read and not written.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        dropout: float = 0.0,
+        qk_norm: str | None = None,
+        attn_mask_enabled: bool = False,
+        last: bool = False,
+    ):
+        super().__init__()
+        self.heads = heads
+        self.attn_mask_enabled = attn_mask_enabled
+        for name in ("to_q", "to_k", "to_v", "to_q_c", "to_k_c", "to_v_c"):
+            setattr(self, name, nn.Linear(dim, heads * dim_head))
+        for name in ("q_norm", "k_norm", "c_q_norm", "c_k_norm"):
+            setattr(self, name, _head_norm(qk_norm, dim_head))
+        self.to_out = nn.ModuleList([nn.Linear(heads * dim_head, dim), nn.Dropout(dropout)])
+        self.to_out_c = None if last else nn.Linear(heads * dim_head, dim)
+
+    def forward(
+        self, x: Tensor, text: Tensor, mask: Tensor | None, text_mask: Tensor, rope: Rope, text_rope: Rope
+    ) -> tuple[Tensor, Tensor | None]:
+        """What audio x [B, T, D] and text [B, N, D] take in; None for a text that no one reads any more."""
+        audio = self._heads(x, (self.to_q, self.to_k, self.to_v), (self.q_norm, self.k_norm), rope)
+        words = self._heads(text, (self.to_q_c, self.to_k_c, self.to_v_c), (self.c_q_norm, self.c_k_norm), text_rope)
+        query, key, value = (torch.cat(pair, dim=2) for pair in zip(audio, words, strict=True))
+        attended = None
+        if self.attn_mask_enabled and mask is not None:
+            attended = torch.cat((mask, text_mask), dim=1)[:, None, None, :]
+        taken = F.scaled_dot_product_attention(query, key, value, attn_mask=attended).transpose(1, 2).flatten(2)
+        project_out, dropout = self.to_out
+        heard = zero_padding(dropout(project_out(taken[:, : x.shape[1]])), mask)
+        if self.to_out_c is None:
+            return heard, None
+        return heard, zero_padding(self.to_out_c(taken[:, x.shape[1] :]), text_mask)
+
+    def _heads(self, x: Tensor, projections: Any, norms: Any, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = (split_heads(project(x), self.heads) for project in projections)
+        query, key = (apply_rope(norm_heads(x, norm), rope) for x, norm in zip((query, key), norms, strict=True))
+        return query, key, value
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, heads * dim_head] to [B, heads, T, dim_head]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def norm_heads(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    """x normed in the dtype of the norm's weights (under autocast these stay float32), returned in its own."""
+    return x if norm is None else norm(x.to(norm.weight.dtype)).to(x.dtype)
+
+
+def _head_norm(qk_norm: str | None, dim_head: int) -> nn.RMSNorm | None:
+    if qk_norm not in (None, "rms_norm"):
+        raise ValueError(f"qk_norm: expected None or 'rms_norm', got {qk_norm!r}")
+    return nn.RMSNorm(dim_head, eps=1e-6) if qk_norm else None
 
 
 def keep_mode(module: nn.Module, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

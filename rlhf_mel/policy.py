@@ -193,8 +193,11 @@ def item_noise(
     return pad_sequence(rows, batch_first=True)
 
 
-LORA_TARGETS = r".*transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|ff\.ff\.(0\.0|2))"
-"""Attention and feed-forward of every block; not AdaLN: 42 % of F5-TTS's weights, and it sees only time."""
+LORA_TARGETS = (
+    r".*(transformer_blocks|layers)\.\d+\.((attn|2)\.to_([qkv](_c)?|out\.0|out_c)|(ff|ff_[xc]|4)\.ff\.(0\.0|2))"
+)
+"""Attention and feed-forward of every block, of DiT, MMDiT and UNetT (which numbers its parts); not AdaLN: 42 % of
+F5-TTS's weights, and it sees only time."""
 
 
 def add_lora(policy: nn.Module, config: LoraConfig | None = None) -> nn.Module:

@@ -24,6 +24,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .f5_text import ByteTokenizer, PinyinTokenizer
+
 PUNCTUATION = (",", ".", "?", "!")
 VOWELS = ("AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW")
 CONSONANTS = (*"BDFGKLMNPRSTVWYZ", "CH", "DH", "HH", "JH", "NG", "SH", "TH", "ZH")
@@ -202,8 +204,10 @@ def _bundled_phonemes() -> PhonemeTokenizer:
 
 
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
+    "byte": ByteTokenizer,
     "char": CharTokenizer,
     "phoneme": _bundled_phonemes,
+    "pinyin": PinyinTokenizer,
 }
 
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from rlhf_mel.cfm import CFM
 from rlhf_mel.models.dit import DiT
+from rlhf_mel.models.mmdit import MMDiT
+from rlhf_mel.models.unett import UNetT
 from rlhf_mel.text import load_tokenizer
 from rlhf_mel.types import Prompts
 
@@ -52,6 +54,22 @@ TINY: Mapping[str, Any] = dict(
     dropout=0.1,
 )
 """A DiT of 60,000 weights."""
+
+TINY_UNETT: Mapping[str, Any] = dict(
+    dim=16,
+    depth=4,
+    heads=2,
+    dim_head=8,
+    ff_mult=2,
+    mel_dim=8,
+    text_num_embeds=20,
+    text_dim=8,
+    conv_layers=1,
+    dropout=0.1,
+)
+TINY_MMDIT: Mapping[str, Any] = dict(
+    dim=16, depth=2, heads=2, dim_head=8, ff_mult=2, mel_dim=8, text_num_embeds=20, dropout=0.1
+)
 
 V1: Mapping[str, Any] = dict(text_mask_padding=True, pe_attn_head=None)
 V0: Mapping[str, Any] = dict(text_mask_padding=False, pe_attn_head=1)
@@ -118,6 +136,21 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return peak
 
 
+BACKBONES: Mapping[str, tuple[type[nn.Module], Mapping[str, Any]]] = {
+    "DiT": (DiT, TINY),
+    "UNetT": (UNetT, TINY_UNETT),
+    "MMDiT": (MMDiT, TINY_MMDIT),
+}
+"""Name to our class and its tiny arguments."""
+
+
+def tiny_backbone(name: str, **options: Any) -> nn.Module:
+    backbone, arguments = BACKBONES[name]
+    model = backbone(**{**arguments, **options})
+    reinitialise(model)
+    return model
+
+
 # What f5-tts was asked, and what this package is asked again: flags of the DiT, options of the CFM, and the call.
 EVERYTHING = dict(qk_norm="rms_norm", long_skip_connection=True)
 AVERAGE = dict(text_embedding_average_upsampling=True)
@@ -169,11 +202,87 @@ SAMPLE_CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], Mapping[s
     "dopri5": (V1, dict(odeint_kwargs=dict(method="dopri5", rtol=1e-4, atol=1e-4)), {}),
 }
 
+E2: Mapping[str, Any] = dict(text_mask_padding=False, pe_attn_head=1)
+"""The flags of the E2-TTS weights that F5-TTS released."""
+
+BACKBONE_CASES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
+    "UNetT": ("UNetT", {}, {}),
+    "UNetT, E2 flags": ("UNetT", E2, {}),
+    "UNetT, E2 flags, no convolutions": ("UNetT", {**E2, "conv_layers": 0}, dict(mask=[24, 17])),
+    "UNetT, packed": ("UNetT", E2, dict(mask=[24, 17], cfg_infer=True)),
+    "UNetT, attention mask": ("UNetT", MASKED, dict(mask=[24, 17], cfg_infer=True)),
+    "UNetT, qk_norm": ("UNetT", dict(qk_norm="rms_norm"), {}),
+    "UNetT, skips added": ("UNetT", dict(skip_connect_type="add"), {}),
+    "UNetT, no skips": ("UNetT", dict(skip_connect_type="none"), {}),
+    "UNetT, one time an item": ("UNetT", {}, dict(time=[0.1, 0.8])),
+    "UNetT, no audio": ("UNetT", {}, dict(drop_audio_cond=True)),
+    "UNetT, no text": ("UNetT", {}, dict(drop_text=True)),
+    "MMDiT": ("MMDiT", {}, {}),
+    "MMDiT, padding kept": ("MMDiT", dict(text_mask_padding=False), dict(mask=[24, 17])),
+    "MMDiT, packed": ("MMDiT", {}, dict(mask=[24, 17], cfg_infer=True)),
+    "MMDiT, attention mask": ("MMDiT", MASKED, dict(mask=[24, 17], cfg_infer=True)),
+    "MMDiT, qk_norm": ("MMDiT", dict(qk_norm="rms_norm"), {}),
+    "MMDiT, one time an item": ("MMDiT", {}, dict(time=[0.1, 0.8])),
+    "MMDiT, no audio": ("MMDiT", {}, dict(drop_audio_cond=True)),
+    "MMDiT, no text": ("MMDiT", {}, dict(drop_text=True)),
+}
+"""One forward: backbone, its flags, the call."""
+
+BACKBONE_SAMPLES: Mapping[str, Mapping[str, Any]] = {
+    "cfg 0": dict(cfg_strength=0.0),
+    "cfg 2": {},
+    "batch": dict(rows=2),
+    "unequal": UNEQUAL,
+    "edit": dict(rows=2, edit=[(4, 9), (0, 3)]),
+    "duplicate": dict(duplicate_test=True, t_inter=0.3),
+    "epss": dict(steps=7),
+    "sway": dict(sway_sampling_coef=-1.0),
+}
+"""sample() of UNetT and of MMDiT; DiT's are SAMPLE_CASES."""
+
+GRADIENT_CASES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
+    "DiT v1, cfg 2": ("DiT", V1, dict(rows=2)),
+    "DiT v0, cfg 0": ("DiT", V0, dict(cfg_strength=0.0)),
+    "DiT v1, unequal": ("DiT", {**V1, **MASKED}, UNEQUAL),
+    "UNetT, cfg 2": ("UNetT", {}, UNEQUAL),
+    "UNetT, cfg 0": ("UNetT", E2, dict(cfg_strength=0.0)),
+    "MMDiT, cfg 2": ("MMDiT", {}, UNEQUAL),
+    "MMDiT, cfg 0": ("MMDiT", {}, dict(cfg_strength=0.0)),
+}
+"""Gradients through sample() in float64, with f5-tts's run without its decorator."""
+
 TRAINING_CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "everything known": (V1, dict(audio_drop_prob=0.0, cond_drop_prob=0.0)),
     "audio dropped": (V1, dict(audio_drop_prob=1.0, cond_drop_prob=0.0)),
     "both dropped": (V0, dict(audio_drop_prob=0.0, cond_drop_prob=1.0)),
 }
+
+
+PINYIN_TEXTS = (
+    "Hello, world! It's a test.",
+    "你好，世界！",
+    "今天天气不错；我们去公园吧。",
+    "我用 Python 3.11 写代码, 你呢?",
+    "F5-TTS 的“流匹配”模型：‘很快’。",
+    "银行行长在行走，重庆人很重视。",
+    "不是不去，一个一样，老虎跑了。",
+    "混合mixed文本text没有space。",
+    "Ünïcode café naïve – 五十%",
+    "アニメ 한국어 日本語 русский",
+    "(Parentheses) and: 'quotes' \"here\"",
+    "2026年11月24日下午3点25分",
+    "GPT-4o和Claude3哪个更好用呢",
+    " leading and  double spaces ",
+    "嗯……啊——这个嘛、那个：好吧！",
+    "他说：“OK，let's go！”然后就走了",
+    "女儿绿了旅行略微",
+    "😀 emoji 表情 ok",
+    "...",
+    "a",
+    "长",
+    "",
+)
+"""Chinese, English and others, mixed; with tone sandhi, heteronyms, quotes, digits and symbols."""
 
 
 def case_inputs(seed: int = 1) -> dict[str, Tensor]:
@@ -202,7 +311,7 @@ def with_weights(dit: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
 
 
 def call_dit(dit: nn.Module, inputs: Mapping[str, Tensor], **call: Any) -> Tensor:
-    """One forward of a DIT_CASE on f5-tts's DiT or on ours."""
+    """One forward of a DIT_CASE or BACKBONE_CASE on f5-tts's backbone or on ours."""
     mask = call.pop("mask", None)
     if mask is not None:
         mask = torch.arange(24) < torch.tensor(mask)[:, None]
@@ -210,8 +319,23 @@ def call_dit(dit: nn.Module, inputs: Mapping[str, Tensor], **call: Any) -> Tenso
     return dit(inputs["x"], inputs["cond"], inputs["ids"], time, mask=mask, **call)
 
 
+def ramp_loss(out: Tensor) -> Tensor:
+    """A smooth scalar of all frames that weighs them all differently."""
+    return (out * torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)).square().mean()
+
+
+def gradient_summary(module: nn.Module) -> dict[str, Tensor]:
+    """Two numbers of each gradient: its norm, and its product with a ramp from -1 to 1."""
+    summary = {}
+    for name, parameter in module.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        ramp = torch.linspace(-1, 1, gradient.numel(), dtype=gradient.dtype)
+        summary[name] = torch.stack((gradient.norm(), gradient.flatten() @ ramp))
+    return summary
+
+
 def call_sample(cfm: nn.Module, inputs: Mapping[str, Tensor], **call: Any) -> tuple[Tensor, Tensor]:
-    """One sample() of a SAMPLE_CASE on f5-tts's CFM or on ours."""
+    """One sample() of a SAMPLE_CASE, or BACKBONE_SAMPLE, on f5-tts's CFM or on ours."""
     call = {"steps": 8, "cfg_strength": 2.0, "seed": 5, "duration": 40, **call}
     rows = call.pop("rows", 1)
     cond = inputs["waveform"] if call.pop("waveform", False) else inputs["mel"][:rows]

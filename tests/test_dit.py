@@ -10,7 +10,8 @@ from problems import AVERAGE, DIT_CASES, EVERYTHING, MASKED, TINY, V0, V1, call_
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from rlhf_mel.models.dit import DiT, upsample_evenly
+from rlhf_mel.models._common import upsample_evenly
+from rlhf_mel.models.dit import DiT
 from rlhf_mel.nn import apply_rope, rotary_table
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     "types",
     "audio",
+    "reference",
+    "f5_text",
     "text",
     "path",
     "solvers",
@@ -23,7 +25,9 @@ LAYERS = (
     "trajectories",
     "policy_gradient",
     "cfm",
+    "published",
     "checkpoints",
+    "export",
     "vocoders",
     "recognizer",
     "rewards",
@@ -31,10 +35,13 @@ LAYERS = (
     "advantages",
     "algorithms",
     "config",
+    "prompt_files",
     "data",
     "evaluate",
     "report",
     "trainer",
+    "adapters",
+    "cli",
 )
 """Each module may import those before it. A new module of rlhf_mel needs a place here."""
 

@@ -16,7 +16,6 @@ import soundfile
 import torch
 from torch import Tensor
 from vocos import Vocos
-from vocos.feature_extractors import MelSpectrogramFeatures
 
 from rlhf_mel.audio import MelSpec, frames_to_samples, lengths_to_mask, load_audio, log_mel
 from rlhf_mel.vocoders import ASSETS, Vocoder, load_vocoder
@@ -132,21 +131,65 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(loaded.head.istft.window, vocoder.head.istft.window)
 
 
-def test_vocos_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = VocosVocoder.trainable(MelSpec(), dim=16, intermediate_dim=24, num_layers=1)
-    published = Vocos(MelSpectrogramFeatures(24_000, 1024, 256, 100, "center"), built.backbone, built.head)
-    monkeypatch.setattr(Vocos, "from_pretrained", lambda hub_id: published)
-    loaded: Any = load_vocoder("charactr/vocos-mel-24khz")
-    assert loaded.mel_spec == MelSpec()
+VOCOS_CONFIG = """
+feature_extractor:
+  class_path: vocos.feature_extractors.MelSpectrogramFeatures
+  init_args: {sample_rate: 24000, n_fft: 1024, hop_length: 256, n_mels: 100, padding: center}
+backbone:
+  class_path: vocos.models.VocosBackbone
+  init_args: {input_channels: 100, dim: 16, intermediate_dim: 24, num_layers: 1}
+head:
+  class_path: vocos.heads.ISTFTHead
+  init_args: {dim: 16, n_fft: 1024, hop_length: 256, padding: center}
+"""
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """A folder as charactr/vocos-mel-24khz is, and as f5-tts's is_local=True reads it."""
+    (tmp_path / "config.yaml").write_text(VOCOS_CONFIG)
+    torch.manual_seed(0)
+    torch.save(Vocos.from_hparams(str(tmp_path / "config.yaml")).state_dict(), tmp_path / "pytorch_model.bin")
+    return tmp_path
+
+
+def assert_loaded(vocoder: Any, folder: Path) -> None:
+    theirs = Vocos.from_hparams(str(folder / "config.yaml")).eval()
+    theirs.load_state_dict(torch.load(folder / "pytorch_model.bin", weights_only=True))
+    assert vocoder.mel_spec == MelSpec()
     waveform = torch.sin(torch.arange(24_000) / 20)[None] / 2
-    assert torch.equal(log_mel(waveform), published.feature_extractor(waveform).clamp(min=math.log(1e-5)).mT)
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    mel = theirs.feature_extractor(waveform).clamp(min=math.log(1e-5))
+    assert torch.equal(log_mel(waveform), mel.mT)
+    torch.testing.assert_close(vocoder(mel.mT), theirs.decode(mel))
+    assert not any(parameter.requires_grad for parameter in vocoder.parameters())
+
+
+def test_vocos_of_the_hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(hub_id: str, filename: str, *, remedy: str) -> Path:
+        assert hub_id == "charactr/vocos-mel-24khz"
+        return published / filename
+
+    monkeypatch.setattr("rlhf_mel.vocoders.vocos.download", download)
+    assert_loaded(load_vocoder("charactr/vocos-mel-24khz"), published)
+
+
+def test_vocos_of_a_folder(published: Path) -> None:
+    assert_loaded(load_vocoder(published), published)
+
+
+def test_a_config_that_calls_other_code_is_refused(published: Path) -> None:
+    text = VOCOS_CONFIG.replace("vocos.heads.ISTFTHead", "os.mkdir")
+    (published / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"expected classes of the vocos package, got \['os\.mkdir'\]"):
+        load_vocoder(published)
 
 
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("hifigan", ValueError, r"\['griffin_lim', 'vocos'.*package.module:Class"),
+        ("melgan", ValueError, r"\['bigvgan', 'griffin_lim', .*'vocos'.*package.module:Class"),
+        ("hifigan", ValueError, "expected weights"),
+        ("bigvgan", ValueError, "expected weights"),
         ("vocos", ValueError, "expected weights"),
         ("./nowhere", ValueError, "unknown vocoder"),
     ],

@@ -1,7 +1,8 @@
 """Vocoders: log mel to waveform, frozen. The file's name is the registry: one vocoder, one module here.
 
 A module `rlhf_mel/vocoders/NAME.py` offers `load(source) -> Vocoder`; `source` is a folder that holds
-`vocoder.json` (with `"vocoder": "NAME"`) and weights, a hub id, or None for a vocoder without weights.
+`vocoder.json` (with `"vocoder": "NAME"`) and weights, a folder as its own package writes it, a hub id, or None for a
+vocoder without weights. Weights are tensors, never pickled code.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..audio import MelSpec
+from ..audio import MelSpec, frames_to_samples
+from ..published import download
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -42,7 +45,8 @@ def load_vocoder(name: str | Path, *, device: torch.device | str | None = None) 
     """The vocoder called `name`, frozen, float32, in eval mode.
 
     `name`: "tiny" (bundled), a module of this package ("griffin_lim"), a folder that recipes/train_vocoder.py
-    wrote, a Vocos on the hub ("charactr/vocos-mel-24khz"), or your class ("my_package.my_module:MyVocoder").
+    wrote, a Vocos, BigVGAN or transformers HiFi-GAN in a folder or on the hub ("charactr/vocos-mel-24khz",
+    "nvidia/bigvgan_v2_24khz_100band_256x"), or your class ("my_package.my_module:MyVocoder").
     """
     vocoder = _find(name)
     return vocoder.to(device) if device is not None else vocoder
@@ -51,13 +55,13 @@ def load_vocoder(name: str | Path, *, device: torch.device | str | None = None) 
 def _find(name: str | Path) -> Any:
     if str(name) == "tiny" or Path(name).is_dir():
         folder = ASSETS if str(name) == "tiny" else Path(name)
-        return _module(_read_config(folder)["vocoder"]).load(folder)
+        return _module(_kind_of_folder(folder)).load(folder)
     name = str(name)
     if ":" in name:
         module_name, class_name = name.split(":", 1)
         return getattr(importlib.import_module(module_name), class_name)()
     if name.count("/") == 1 and not name.startswith("."):
-        return _module("vocos").load(name)
+        return _module(_kind_of_hub_id(name)).load(name)
     return _module(name).load(None)
 
 
@@ -71,11 +75,47 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "vocoder.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: expected a vocoder's config, found none; train one with recipes/train_vocoder.py "
-            f"--out {folder}, or reinstall the package if this is its assets folder"
-        )
-    return json.loads(path.read_text())
+def _kind_of_folder(folder: Path) -> str:
+    """Which module reads a folder: ours says so, others are known by their config."""
+    if (folder / "vocoder.json").is_file():
+        return json.loads((folder / "vocoder.json").read_text())["vocoder"]
+    if (folder / "config.yaml").is_file():
+        return "vocos"
+    if (folder / "config.json").is_file():
+        return _kind_of_config(json.loads((folder / "config.json").read_text()))
+    raise FileNotFoundError(
+        f"{folder / 'vocoder.json'}: expected a vocoder's config, found none (nor config.yaml, nor config.json); train"
+        f" one with recipes/train_vocoder.py --out {folder}, or reinstall the package if this is its assets folder"
+    )
+
+
+def _kind_of_hub_id(hub_id: str) -> str:
+    for kind in ("vocos", "bigvgan", "hifigan"):
+        if kind in hub_id.lower().replace("-", "").replace("_", ""):
+            return kind
+    remedy = "a local folder of it"
+    return _kind_of_config(json.loads(download(hub_id, "config.json", remedy=remedy).read_text()))
+
+
+def _kind_of_config(config: Mapping[str, Any]) -> str:
+    return "bigvgan" if str(config.get("activation", "")).startswith("snake") else "hifigan"
+
+
+def by_length(mel: Tensor, lengths_frames: Tensor | None, mel_spec: MelSpec, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """Waveform [B, samples] of mel [B, T, M] by a network whose convolutions would see padding: each length alone.
+
+    run: waveform [b, frames_to_samples(t)] of mel [b, t, M].
+    """
+    frames = mel.shape[1]
+    lengths = [frames] * len(mel) if lengths_frames is None else lengths_frames.tolist()
+    width = frames_to_samples(frames, mel_spec)
+    rows: dict[int, Tensor] = {}
+    for length in sorted(set(lengths)):
+        same = [row for row, own in enumerate(lengths) if own == length]
+        if length:
+            waveform = run(mel[same, :length])
+            waveform = torch.nn.functional.pad(waveform, (0, width - waveform.shape[1]))
+        else:
+            waveform = mel.new_zeros(len(same), width)
+        rows |= dict(zip(same, waveform, strict=True))
+    return torch.stack([rows[row] for row in range(len(mel))])

@@ -25,9 +25,12 @@ from vocos.heads import ISTFTHead
 from vocos.models import VocosBackbone
 
 from ..audio import MelSpec, frames_to_samples, lengths_to_mask
+from ..published import download
 
 MAX_MAGNITUDE = 1e2
 """Where ISTFTHead clips; beyond it the gradient is zero."""
+
+PUBLISHED_FILES = ("config.yaml", "pytorch_model.bin")
 
 
 class VocosVocoder(nn.Module):
@@ -113,7 +116,13 @@ def load(source: Path | str | None) -> VocosVocoder:
     """The Vocos in a folder (`save` wrote it), or on the Hugging Face hub (an id with a slash)."""
     if source is None:
         raise ValueError("vocoder 'vocos': expected weights, got none; name 'tiny', a folder or a hub id")
-    return _from_folder(Path(source)) if Path(source).is_dir() else _from_hub(str(source))
+    if not Path(source).is_dir():
+        files = [download(str(source), name, remedy="a local folder of it") for name in PUBLISHED_FILES]
+        return _from_published(*files)
+    folder = Path(source)
+    if (folder / "vocoder.json").is_file():
+        return _from_folder(folder)
+    return _from_published(*(folder / name for name in PUBLISHED_FILES))
 
 
 def _from_folder(folder: Path) -> VocosVocoder:
@@ -128,14 +137,23 @@ def _from_folder(folder: Path) -> VocosVocoder:
     return vocoder.eval().requires_grad_(False)
 
 
-def _from_hub(hub_id: str) -> VocosVocoder:
+def _from_published(config: Path, weights: Path) -> VocosVocoder:
+    """A Vocos as its package publishes it: config.yaml and pytorch_model.bin."""
+    import yaml
     from vocos import Vocos
 
-    vocos = Vocos.from_pretrained(hub_id)
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights}: expected the weights of config.yaml beside it, found none")
+    parts = yaml.safe_load(config.read_text(encoding="utf-8"))
+    foreign = [part["class_path"] for part in parts.values() if not part["class_path"].startswith("vocos.")]
+    if foreign:  # Vocos would import and call whatever stands there
+        raise ValueError(f"{config}: expected classes of the vocos package, got {foreign}; do not use this file")
+    vocos = Vocos.from_hparams(str(config))
+    vocos.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     mel = getattr(vocos.feature_extractor, "mel_spec", None)
     if mel is None:
         found = type(vocos.feature_extractor).__name__
-        raise ValueError(f"{hub_id}: expected a Vocos for mels, got one for {found}; name a mel Vocos")
+        raise ValueError(f"{config}: expected a Vocos for mels, got one for {found}; name a mel Vocos")
     spec = MelSpec(
         sample_rate_hz=mel.sample_rate,
         n_fft=mel.n_fft,

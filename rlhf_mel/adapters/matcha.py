@@ -1,0 +1,153 @@
+"""Matcha-TTS as a policy: another package's flow behind the same seven methods.
+
+    mu = encoder(text), each column held for its predicted duration;  x_0 ~ temperature N(0, 1)
+    dx/dt = decoder.estimator(x, mask, mu, t, speaker);               log mel = x_1 std + mean
+
+Mehta et al., "Matcha-TTS: A fast TTS architecture with conditional flow matching" (2023, arXiv:2309.03199). Unlike in
+F5-TTS, channels come before frames, text decides the duration, there is no reference clip and no classifier-free
+guidance (`cfg_strength` is accepted and changes nothing), mels are normalised by the data's mean and deviation, and
+frames are padded to a multiple of four for the U-Net. Matcha's own `synthesise` and `decoder.forward` run under
+inference_mode; the encoder and the estimator are called here, which do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from .. import solvers
+from ..audio import MelSpec, lengths_to_mask
+from ..policy import Generators, evaluating, item_generators, item_noise
+from ..types import Prompts
+
+MATCHA_MEL = MelSpec(sample_rate_hz=22_050, n_mels=80, kind="bigvgan", f_max_hz=8000.0)
+"""The mels of the published Matcha-TTS checkpoints, and of the HiFi-GANs beside them."""
+
+FRAME_MULTIPLE = 4
+"""The decoder halves the frame rate twice."""
+
+ToIds = Callable[[str], Sequence[int]]
+"""A text to the ids of Matcha's symbols, blanks between them included (matcha.text.text_to_sequence, intersperse)."""
+
+
+class MatchaCondition(NamedTuple):
+    """What the estimator needs to know of a batch; T is a multiple of four."""
+
+    mu: Tensor
+    """Float [B, M, T]: the encoder's mean of each frame, with its graph."""
+    mask: Tensor
+    """Float [B, 1, T]: 1 within each item's duration."""
+    speakers: Tensor | None
+    """Float [B, D]."""
+    generated: Tensor
+    """Bool [B, T]: the same as the mask; nothing is copied from a reference."""
+
+
+class MatchaPolicy(nn.Module):
+    """A `matcha.models.matcha_tts.MatchaTTS`, which is trained in place."""
+
+    tokenizer = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        to_ids: ToIds,
+        *,
+        temperature: float = 0.667,
+        length_scale: float = 1.0,
+        mel_spec: MelSpec = MATCHA_MEL,
+    ):
+        """temperature: deviation of the noise; length_scale: above 1 is slower (both: defaults of Matcha's command)."""
+        super().__init__()
+        self.model: Any = model
+        self.to_ids = to_ids
+        self.temperature, self.length_scale = temperature, length_scale
+        self.mel_spec = mel_spec
+        if self.model.n_feats != mel_spec.n_mels:
+            raise ValueError(
+                f"MatchaPolicy: expected a model of {mel_spec.n_mels} bands, as mel_spec says, got"
+                f" {self.model.n_feats}; pass the mel_spec that it was trained on"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def durations(self, prompts: Prompts) -> Tensor:
+        """Long [B]: `durations_frames`, else what the duration predictor says, without dropout; the clip has none."""
+        if prompts.durations_frames is not None:
+            return prompts.durations_frames
+        with torch.no_grad(), evaluating(self):
+            *_, token_frames = self._encode_text(prompts)
+        return token_frames.sum(dim=1).clamp(min=1).long()
+
+    def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> MatchaCondition:
+        """Prompts of one duration; where it is not the predictor's, every token is stretched alike."""
+        durations = self.durations(prompts).to(self.device)
+        if len(set(durations.tolist())) > 1:
+            raise ValueError(f"encode: expected prompts of one duration, got {durations.tolist()}; call policy.rollout")
+        means, speakers, token_frames = self._encode_text(prompts)
+        frames = -(-int(durations[0]) // FRAME_MULTIPLE) * FRAME_MULTIPLE
+        inside = lengths_to_mask(durations, frames)
+        path = alignment(token_frames, durations, frames).to(means.dtype)
+        mask = inside[:, None].to(means.dtype)
+        return MatchaCondition(means @ path * mask, mask, speakers, inside)
+
+    def prior(self, cond: MatchaCondition, generator: Generators = None) -> Tensor:
+        """temperature x standard normal [B, T, M], also in the frames that are padding: the decoder masks them."""
+        batch, channels, frames = cond.mu.shape
+        generators = item_generators(generator, batch)
+        return self.temperature * item_noise([frames] * batch, channels, generators, self.device, self.dtype)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: MatchaCondition) -> Tensor:
+        """dx/dt [B, T, M] at x [B, T, M] and t (a scalar or [B]); zero in padding."""
+        estimated = self.model.decoder.estimator(x.transpose(1, 2), cond.mask, cond.mu, t, cond.speakers)
+        return estimated.transpose(1, 2)
+
+    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
+        """Matcha's own grid is the uniform one, sway_sampling_coef=None."""
+        return solvers.timesteps(
+            steps, sway_sampling_coef=sway_sampling_coef, use_epss=False, device=self.device, dtype=self.dtype
+        )
+
+    def finalize(self, x1: Tensor, cond: MatchaCondition) -> Tensor:
+        """Log mel [B, T, M], no longer normalised."""
+        return x1 * self.model.mel_std + self.model.mel_mean
+
+    def _encode_text(self, prompts: Prompts) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Means [B, M, N], speakers [B, D] and whole frames of each token [B, N]."""
+        rows = [torch.as_tensor(list(self.to_ids(text)), dtype=torch.long) for text in prompts.texts]
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        ids = pad_sequence(rows, batch_first=True).to(self.device)
+        speakers = self._speakers(prompts)
+        means, log_frames, mask = self.model.encoder(ids, lengths, speakers)
+        return means, speakers, ((log_frames.exp() * mask).ceil() * self.length_scale)[:, 0].detach()
+
+    def _speakers(self, prompts: Prompts) -> Tensor | None:
+        if self.model.n_spks <= 1:
+            return None
+        if "speaker" not in prompts.columns:
+            raise ValueError(
+                f"MatchaPolicy: expected a column 'speaker' (0 to {self.model.n_spks - 1}) for a model of several"
+                f" voices, got columns {sorted(prompts.columns)}"
+            )
+        return self.model.spk_emb(torch.tensor(list(prompts.columns["speaker"]), device=self.device).long())
+
+
+def alignment(token_frames: Tensor, durations: Tensor, frames: int) -> Tensor:
+    """Bool [B, N, T]: which token [B, N] each frame belongs to; the last ones end at `durations` [B]."""
+    ends = token_frames.cumsum(dim=1)
+    totals = ends[:, -1:].clamp(min=1)
+    own = totals.long() == durations[:, None]
+    ends = torch.where(own, ends, (ends * durations[:, None] / totals).round())
+    before = torch.nn.functional.pad(ends, (1, 0))[:, :-1]
+    frame = torch.arange(frames, device=token_frames.device)
+    return (frame >= before.unsqueeze(-1)) & (frame < ends.unsqueeze(-1))

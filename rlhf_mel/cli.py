@@ -1,0 +1,165 @@
+"""The console command `rlhf-mel`.
+
+    rlhf-mel sample --text "Good morning." --reference me.wav --reference_text "What I say there." --out hello.wav
+    rlhf-mel sample --prompts prompts.jsonl --out folder --policy F5TTS_v1_Base --steps 32 --seed 1 --device cuda
+
+`sample` speaks one text or a list of prompts (prompt_files.py) with any policy: bundled, published, a file, a folder, a
+hub id, or "package.module:function" that builds one (adapters/). Noise depends on seed and row alone, so the batch size
+changes nothing but the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# Before torch loads OpenMP: threads that wait for each other by spinning make a busy machine 15 times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import torch
+
+from rlhf_mel.audio import MelSpec
+from rlhf_mel.checkpoints import load_policy
+from rlhf_mel.data import DURATION_RULES, PromptDataset, PromptOptions, load_prompts, mix_seed
+from rlhf_mel.policy import rollout
+from rlhf_mel.sound import sound
+from rlhf_mel.vocoders import Vocoder, load_vocoder
+
+VOCODERS = {"vocos": "charactr/vocos-mel-24khz", "bigvgan": "nvidia/bigvgan_v2_24khz_100band_256x"}
+"""For each kind of mel, the vocoder that F5-TTS uses."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0, or 2 for input that cannot be used."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"rlhf-mel {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlhf-mel", description="RLHF for generated mel spectrograms.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    sample = commands.add_parser("sample", help="speak a text, or a list of prompts, in the voice of a reference clip")
+    sample.set_defaults(run=run_sample)
+    what = sample.add_argument_group("what to say")
+    what.add_argument("--text", help="one text; needs --reference and --reference_text")
+    what.add_argument("--reference", type=Path, help="clip of the voice, at most 12 s (longer: --prepare)")
+    what.add_argument("--reference_text", help="what is said in the clip")
+    what.add_argument("--duration_s", type=float, help="seconds to generate; default: the duration rule")
+    what.add_argument("--prompts", type=Path, help="instead: .jsonl, .csv, or .lst of seed-tts or LibriSpeech-PC")
+    what.add_argument("--prepare", action="store_true", help="shorten, trim and raise references as F5-TTS does")
+    what.add_argument("--duration_rule", choices=DURATION_RULES, default="policy", help="where no duration is given")
+    who = sample.add_argument_group("who says it")
+    who.add_argument("--policy", default="tiny", help="name, file, folder, hub id or package.module:function")
+    who.add_argument("--model", help="for a weight file of F5-TTS: the model it is, F5TTS_v1_Base for instance")
+    who.add_argument("--vocab", type=Path, help="for a weight file: its vocab.txt, if not beside it")
+    who.add_argument("--vocoder", help="default: the bundled one for tiny, else F5-TTS's")
+    how = sample.add_argument_group("how")
+    how.add_argument("--steps", type=int, default=16, help="steps of the ODE solve (16)")
+    how.add_argument("--cfg", type=float, default=2.0, help="classifier-free guidance (2)")
+    how.add_argument("--sway", type=float, default=-1.0, help="sway of the time grid (-1)")
+    how.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    how.add_argument("--batch_size", type=int, default=8)
+    sample.add_argument("--out", type=Path, required=True, help="a .wav for --text, a folder for --prompts")
+    return parser
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    """Speak and write wav files; a bar on stderr, a line for each file on stdout."""
+    from tqdm import tqdm
+
+    _check_request(args)
+    policy = _load_policy(args)
+    vocoder = _load_vocoder(args, policy.mel_spec)
+    prompts = _load_prompts(args, policy.mel_spec)
+    files = [args.out] if args.text is not None else _file_names(args.out, prompts)
+    with tqdm(total=len(prompts), unit="clip", disable=len(prompts) == 1) as bar:
+        for file, waveform in zip(files, speak(args, policy, vocoder, prompts), strict=True):
+            _write_wav(file, waveform, vocoder.sample_rate_hz)
+            bar.update()
+            bar.write(f"{file}  {len(waveform) / vocoder.sample_rate_hz:.2f} s", file=sys.stdout)
+
+
+def speak(args: argparse.Namespace, policy: Any, vocoder: Vocoder, prompts: PromptDataset) -> Iterator[torch.Tensor]:
+    """Waveforms [S] of all prompts, in their order."""
+    for first in range(0, len(prompts), args.batch_size):
+        rows = range(first, min(first + args.batch_size, len(prompts)))
+        said = rollout(
+            policy,
+            prompts.collate([prompts[row] for row in rows]).to(args.device),
+            steps=args.steps,
+            cfg_strength=args.cfg,
+            sway_sampling_coef=args.sway,
+            grad_steps=0,
+            generator=[torch.Generator().manual_seed(mix_seed(args.seed, row)) for row in rows],
+        )
+        with torch.no_grad():
+            audio = sound(vocoder, said)
+        for waveform, samples in zip(audio.waveform.cpu(), audio.lengths_samples.tolist(), strict=True):
+            yield waveform[:samples]
+
+
+def _check_request(args: argparse.Namespace) -> None:
+    if (args.text is None) == (args.prompts is None):
+        raise ValueError("expected either --text or --prompts, got both or none")
+    if args.text is not None and (args.reference is None or args.reference_text is None):
+        raise ValueError("--text: expected --reference and --reference_text with it, got one or none of them")
+    if args.text is not None and args.out.suffix.lower() != ".wav":
+        raise ValueError(f"--out: expected a .wav file for --text, got {args.out}")
+    if args.steps < 1 or args.batch_size < 1:
+        raise ValueError(f"--steps, --batch_size: expected at least 1, got {args.steps}, {args.batch_size}")
+
+
+def _load_policy(args: argparse.Namespace) -> Any:
+    if ":" in args.policy and not Path(args.policy).exists():
+        module, name = args.policy.split(":", 1)
+        return getattr(importlib.import_module(module), name)().to(args.device)
+    return load_policy(args.policy, model=args.model, vocab=args.vocab, device=args.device)
+
+
+def _load_vocoder(args: argparse.Namespace, mel_spec: MelSpec) -> Vocoder:
+    name = args.vocoder or ("tiny" if args.policy == "tiny" else VOCODERS[mel_spec.kind])
+    vocoder = load_vocoder(name, device=args.device)
+    if vocoder.mel_spec != mel_spec:
+        raise ValueError(
+            f"--vocoder {name}: expected mels as the policy makes them, {mel_spec}, got {vocoder.mel_spec}"
+        )
+    return vocoder
+
+
+def _load_prompts(args: argparse.Namespace, mel_spec: MelSpec) -> PromptDataset:
+    options = PromptOptions(prepare_references=args.prepare, duration_rule=args.duration_rule)
+    if args.prompts is not None:
+        return load_prompts(args.prompts, split="heldout", mel_spec=mel_spec, options=options)
+    row = {"text": args.text, "reference_audio": str(args.reference), "reference_text": args.reference_text}
+    if args.duration_s is not None:
+        row["duration_s"] = args.duration_s
+    return PromptDataset([row], name="--text", mel_spec=mel_spec, options=options)
+
+
+def _file_names(folder: Path, prompts: PromptDataset) -> list[Path]:
+    """A row's id, where every row has one of its own that can be a file name; else its number."""
+    ids = [str(row.get("id") or "") for row in prompts.rows]
+    usable = len(set(ids)) == len(ids) and all(name and name == Path(name).name for name in ids)
+    return [folder / f"{name}.wav" for name in (ids if usable else (f"{row:05d}" for row in range(len(ids))))]
+
+
+def _write_wav(path: Path, waveform: torch.Tensor, sample_rate_hz: int) -> None:
+    import soundfile
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, waveform.clamp(-1, 1).numpy(), sample_rate_hz)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
