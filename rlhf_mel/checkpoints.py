@@ -267,8 +267,8 @@ def load_backbone(name: str) -> Callable[..., nn.Module]:
     known = sorted(path.stem for path in (Path(__file__).parent / "models").glob("[!_]*.py"))
     if name.lower() not in known:
         raise ValueError(f"backbone: expected one of {known} (in any case), got {name!r}")
-    module = import_module(f"{__package__}.models.{name.lower()}")
-    return getattr(module, name)
+    classes = vars(import_module(f"{__package__}.models.{name.lower()}"))
+    return next(value for key, value in classes.items() if key.lower() == name.lower())
 
 
 def read_weights(path: Path, *, use_ema: bool | None = None) -> dict[str, Tensor]:

@@ -141,7 +141,7 @@ def test_unknown_names_are_named(tmp_path: Path) -> None:
         load_policy(tmp_path)
     with pytest.raises(ValueError, match=r"backbone: expected one of \[.*'dit'.*\] .* got 'Mamba'"):
         checkpoints.load_backbone("Mamba")
-    assert checkpoints.load_backbone("DiT") is DiT
+    assert checkpoints.load_backbone("DiT") is checkpoints.load_backbone("dit") is DiT
 
 
 def test_damaged_files_are_named(saved: Path) -> None:
