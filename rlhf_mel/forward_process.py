@@ -30,10 +30,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlhf_mel.advantages import Aggregation, ScaleRewards, check_scaling
+from rlhf_mel.advantages import check_scaling
 from rlhf_mel.audio import lengths_to_mask
 from rlhf_mel.path import interpolate, velocity
-from rlhf_mel.policy import Generators, evaluating, item_generators, rows_by_duration, velocity_as_now
+from rlhf_mel.policy import Generators, Policy, evaluating, item_generators, rows_by_duration, velocity_as_now
 from rlhf_mel.solvers import counted_mean, differentiated
 from rlhf_mel.types import Prompts, Rollout
 
@@ -48,9 +48,9 @@ class Options:
     """Times are drawn with density (1 + p) (1 - t)^p: 0 is uniform, above 0 prefers noise."""
     loss_cfg_strength: float | None = None
     """Guidance of the velocity that is regressed; null: that of the rollouts, as in the repositories of NFT and AWM."""
-    scale_rewards: ScaleRewards = "batch"
+    scale_rewards: str = "batch"
     """Divide advantages by the standard deviation of their 'group', the 'batch' (one device's), or by 'none'."""
-    multi_objective_aggregation: Aggregation = "sum_then_normalize"
+    multi_objective_aggregation: str = "sum_then_normalize"
     """Several rewards: sum them, then normalise ('sum_then_normalize'), or each first ('normalize_then_sum')."""
     advantage_clip: float = 5.0
     """Largest size of an advantage."""
@@ -136,7 +136,7 @@ Objective = Callable[[Draw], Mapping[str, Tensor]]
 
 
 def regress(
-    policy: Any,
+    policy: Policy,
     samples: Samples,
     objective: Objective,
     options: Options,
@@ -164,7 +164,7 @@ def regress(
 
 
 def _draws(
-    policy: Any,
+    policy: Policy,
     samples: Samples,
     rows: Sequence[int],
     options: Options,
@@ -199,7 +199,7 @@ def _draws(
         )
 
 
-def final_mels(policy: Any, samples: Samples, rows: Sequence[int], cond: Any) -> Tensor:
+def final_mels(policy: Policy, samples: Samples, rows: Sequence[int], cond: Any) -> Tensor:
     """x_1, float32 [b, T, M]: the mels at `rows` where they were generated, elsewhere what `finalize` pastes in."""
     mel, lengths_frames = samples.spoken.mel[list(rows)], samples.spoken.lengths_frames[list(rows)]
     x1 = mel.new_zeros(*cond.generated.shape, mel.shape[-1])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
 from problems import tiny_policy, tiny_prompts
+from test_trainer import metrics, same_weights, trainer, write_dataset
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
+from rlhf_mel.checkpoints import load_policy
 from rlhf_mel.ema import LaggedPolicy, MovingAverage, check_lag, warmed_up
 from rlhf_mel.policy import add_lora
 
@@ -165,3 +170,50 @@ def test_the_lagged_policy_resumes() -> None:
 def test_decays_out_of_range_are_refused(rate: float, maximum: float) -> None:
     with pytest.raises(ValueError, match=r"old_decay_(rate|max) of nft: expected a number"):
         check_lag("nft", rate, maximum)
+
+
+class Remember(TrainerCallback):
+    """The policy's weights after each update."""
+
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.weights.append(flat(model.policy))
+
+
+def flat(policy: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in policy.parameters()])
+
+
+def test_a_run_evaluates_and_saves_its_average_apart(tmp_path: Path) -> None:
+    """Decays min(0.15, (1 + n) / (10 + n)) = 0.1, 0.15, 0.15 of three updates."""
+    seen, dataset = Remember(), write_dataset(tmp_path)
+    options: dict[str, Any] = dict(ema_decay=0.15, max_steps=3, save_steps=2, save_total_limit=None)
+    run = trainer(
+        tmp_path, dataset, callbacks=[seen], num_eval_prompts=1, eval_strategy="steps", eval_steps=3, **options
+    )
+    average = flat(run.policy)
+    run.train()
+    for weights, decay in zip(seen.weights, (0.1, 0.15, 0.15), strict=True):
+        average = decay * average + (1 - decay) * weights
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    torch.testing.assert_close(flat(load_policy(summary["policy_ema"])), average, rtol=1e-5, atol=1e-7)
+    assert torch.equal(flat(load_policy(summary["policy"])), seen.weights[-1])
+    assert same_weights(load_policy(summary["policy"]), run.policy), "the online weights are back in place"
+    (evaluated,) = [line for line in metrics(tmp_path) if "eval_reward" in line]
+    assert evaluated["eval_ema_reward"] == summary["after_ema"]["reward"] != evaluated["eval_reward"]
+    assert evaluated["eval_reward"] == summary["after"]["reward"]
+
+    whole = flat(load_policy(summary["policy_ema"]))
+    trainer(tmp_path, dataset, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(flat(load_policy(summary["policy_ema"])), whole), "resumed to the bit"
+
+
+def test_a_checkpoint_without_an_average_is_refused(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path)
+    trainer(tmp_path, dataset, max_steps=1, save_steps=1).train()
+    with pytest.raises(ValueError, match=r"expected ema\.pt, which this run's algorithm or ema_decay needs, got none"):
+        trainer(tmp_path, dataset, ema_decay=0.9).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    with pytest.raises(ValueError, match="ema_decay must be a number of at least 0 and below 1, got 1"):
+        trainer(tmp_path, dataset, ema_decay=1)

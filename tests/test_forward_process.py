@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from forward_problems import (
     GENERATED,
     MELS,
     REFERENCE,
-    STEPS,
     Movable,
     draw,
     pipeline,
@@ -20,8 +20,10 @@ from forward_problems import (
     time_mean,
     variance,
 )
+from peft import LoraConfig
 from problems import tiny_policy, tiny_prompts
 from test_flow_grpo import MelReward, Silent
+from test_trainer import metrics, quietness, same_weights, trainer, write_dataset
 from torch import Tensor
 
 from rlhf_mel.algorithms.base import Pipeline, Sampling, collect_samples, load_algorithm
@@ -315,5 +317,30 @@ def test_the_run_hands_its_options_to_the_family() -> None:
         RLHFConfig(algorithm="ram", epsilon=0.5, **options)
 
 
-def test_steps_is_the_grid_that_variance_speaks_of() -> None:
-    assert len(Movable().timesteps(STEPS)) == STEPS + 1
+@pytest.mark.parametrize(("name", "lora"), [("orw_cfm", False), ("awm", False), ("diffusion_nft", True), ("ram", True)])
+def test_a_run_resumes_to_the_bit(tmp_path: Path, name: str, lora: bool) -> None:
+    """A black-box reward, two updates a collection, cut between two; old policies and averages come back."""
+    decay = {"awm": {"ema_decay_rate": 0.1}, "diffusion_nft": {"old_decay_rate": 0.1}}.get(name, {})
+    options: dict[str, Any] = dict(
+        algorithm=name,
+        algorithm_kwargs={"num_noise_samples": 2, **decay},
+        per_device_train_batch_size=4,
+        num_generations=2,
+        num_iterations=2,
+        max_steps=6,
+        save_steps=4,
+        save_total_limit=None,
+    )
+    peft, dataset = LoraConfig(r=2, init_lora_weights=False) if lora else None, write_dataset(tmp_path)
+    whole = trainer(tmp_path, dataset, reward=quietness, peft=peft, **options)
+    whole.train()
+    uninterrupted = metrics(tmp_path)
+    assert uninterrupted[0]["reward"] == uninterrupted[1]["reward"] != uninterrupted[2]["reward"]
+    assert uninterrupted[-1]["anchor"] > 0 and {"reward_std", "frac_reward_zero_std"} < uninterrupted[0].keys()
+    if name in ("diffusion_nft", "ram"):
+        assert uninterrupted[0]["old_deviation"] == 0 < uninterrupted[1]["old_deviation"]
+
+    resumed = trainer(tmp_path, dataset, reward=quietness, peft=peft, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert metrics(tmp_path) == uninterrupted
+    assert same_weights(resumed.policy, whole.policy)

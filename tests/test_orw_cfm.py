@@ -77,5 +77,5 @@ def test_unknown_weights_are_refused() -> None:
         ValueError, match=r"normalize_weights of orw_cfm: expected one of \['group', 'batch'\], got 'no'"
     ):
         load_algorithm("orw_cfm", {"normalize_weights": "no"})
-    with pytest.raises(ValueError, match="tau of orw_cfm: expected a number above 0, got 0"):
-        load_algorithm("orw_cfm", {"tau": 0})
+    with pytest.raises(ValueError, match=r"tau of orw_cfm: expected a number above 0, got 0\.0"):
+        load_algorithm("orw_cfm", {"tau": 0.0})

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,13 +42,13 @@ from rlhf_mel.forward_process import (
 from rlhf_mel.policy_gradient import Clip, check_clipping, clipped_shares, clipped_surrogate
 from rlhf_mel.types import Prompts
 
-Weighting = Literal["uniform", "noise", "ghuber"]
+WEIGHTINGS = ("uniform", "noise", "ghuber")
 
 GHUBER_POWER = 0.25
 GHUBER_OFFSET = 1e-10
 
 
-def matching_log_prob(error: Tensor, t: Tensor, weighting: Weighting) -> Tensor:
+def matching_log_prob(error: Tensor, t: Tensor, weighting: str) -> Tensor:
     """log p [b] of mean square errors `error` [b] of the velocity at times t [b]."""
     if weighting == "uniform":
         return -error
@@ -77,7 +77,7 @@ class AWM(AlgorithmBase):
     class Config(Options):
         num_noise_samples: int = 6
         """Draws of time and noise for each rollout and update. Paper: 6."""
-        weighting: Weighting = "uniform"
+        weighting: str = "uniform"
         """Of times: 'uniform', 'noise' or 'ghuber'."""
         epsilon: float = 1.0
         """Clip range of the ratio. The repository's: 1."""
@@ -95,10 +95,8 @@ class AWM(AlgorithmBase):
             check_clipping("awm", self.epsilon, self.epsilon_high, self.advantage_clip)
             check_lag("awm", self.ema_decay_rate, self.ema_decay_max, prefix="ema")
             check_number("awm", "ema_beta", self.ema_beta, least=0.0)
-            if self.weighting not in get_args(Weighting):
-                raise ValueError(
-                    f"weighting of awm: expected one of {list(get_args(Weighting))}, got {self.weighting!r}"
-                )
+            if self.weighting not in WEIGHTINGS:
+                raise ValueError(f"weighting of awm: expected one of {list(WEIGHTINGS)}, got {self.weighting!r}")
 
         @property
         def clip(self) -> Clip:

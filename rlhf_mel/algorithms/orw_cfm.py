@@ -7,8 +7,8 @@ nothing holds that: the policy ends as a point at the maximum of the reward, or 
 The anchor bounds W_2^2 between what the two flows generate. For Gaussian mels and a linear reward the two meet in the
 mean of p_ref exp(tau A / beta).
 
-The paper's weight is exp(tau r). Dividing it by its mean, over the group of a prompt or over the batch, changes no
-optimum for one prompt, and keeps prompts that are easy, and constants in a reward, from deciding the size of a step.
+The paper's weight is exp(tau r). Dividing it by its mean, over the group of a prompt or over the batch, keeps prompts
+that are easy, and constants in a reward, from deciding the size of a step and what the anchor weighs against.
 
 The weights are 1 on average, so what the rollouts have in common is learnt too: with guided rollouts and
 loss_cfg_strength 0, the guidance itself, which an evaluation with guidance would then apply twice.
@@ -20,7 +20,6 @@ arXiv 2502.06061.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ from rlhf_mel.forward_process import (
 )
 from rlhf_mel.types import Prompts
 
-NormalizeWeights = Literal["group", "batch"]
+NORMALIZATIONS = ("group", "batch")
 
 
 def reward_weights(advantages: Tensor, group_ids: Tensor, dropped: Tensor, tau: float) -> Tensor:
@@ -64,15 +63,15 @@ class OrwCFM(AlgorithmBase):
     class Config(Options):
         tau: float = 1.0
         """How much more a better rollout counts: exp(tau) times for an advantage of 1. Paper: a temperature to tune."""
-        normalize_weights: NormalizeWeights = "group"
+        normalize_weights: str = "group"
         """Rollouts that share a mean weight and the baseline of advantages: those of a 'group', or of the 'batch'."""
 
         def __post_init__(self) -> None:
             check_options("orw_cfm", self)
             check_positive("orw_cfm", "tau", self.tau)
-            if self.normalize_weights not in get_args(NormalizeWeights):
+            if self.normalize_weights not in NORMALIZATIONS:
                 raise ValueError(
-                    f"normalize_weights of orw_cfm: expected one of {list(get_args(NormalizeWeights))}, "
+                    f"normalize_weights of orw_cfm: expected one of {list(NORMALIZATIONS)}, "
                     f"got {self.normalize_weights!r}"
                 )
 
