@@ -267,6 +267,18 @@ def test_rollouts_are_the_plain_ones() -> None:
     assert samples.advantages.tolist() == [0.0, 0.0, 0.0], "without group ids there is nothing to compare"
 
 
+def test_advantages_are_clipped_and_compared_within_groups_or_the_batch() -> None:
+    def far(completions: list, **columns: object) -> list[float]:
+        return [0.0, 2.0, 10.0, 40.0]
+
+    parts = pipeline(Movable(), far, anchored=False)
+    options = Options(scale_rewards="none", advantage_clip=5.0)
+    within = collect_samples(parts, prompts(4, 2), generator(), options)
+    assert within.advantages.tolist() == [-1.0, 1.0, -5.0, 5.0] and within.group_ids.tolist() == [0, 0, 1, 1]
+    across = collect_samples(parts, prompts(4, 2), generator(), options, across_groups=True)  # mean 13
+    assert across.advantages.tolist() == [-5.0, -5.0, -3.0, 5.0] and across.group_ids.tolist() == [0, 0, 0, 0]
+
+
 def test_times_are_stratified_and_follow_their_density() -> None:
     options = Options(num_noise_samples=4, time_power=1.0)
     times = draw_times(20_000, options, None)

@@ -54,6 +54,23 @@ def test_it_reaches_the_tilted_mean_in_units_of_the_deviation() -> None:
     assert theta == pytest.approx(tilted_shift((ELEMENTS * variance()) ** -0.5, beta), rel=2 * TOLERANCE)
 
 
+def test_without_a_preference_the_loss_is_the_anchor() -> None:
+    """Equal rewards: beta mean |v_theta - v_ref|^2, of the size that `beta` has in every algorithm."""
+
+    def same(completions: list, **columns: object) -> list[float]:
+        return [0.3] * len(completions)
+
+    policy = Movable(0.0)
+    parts = pipeline(policy, same)
+    algorithm = load_algorithm("ram", beta=0.25)
+    collected = algorithm.collect(parts, prompts(4, 2), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        policy.theta += 1.0
+    loss, metrics = algorithm.loss(parts, collected, torch.Generator().manual_seed(1))
+    assert metrics["anchor"].mean() > 0.5
+    assert loss.item() == pytest.approx(0.25 * metrics["anchor"].mean().item())
+
+
 def test_rollouts_are_the_lagged_policys_and_so_is_the_baseline() -> None:
     policy = Movable(0.0)
     parts = pipeline(policy)
