@@ -116,6 +116,13 @@ class RLHFConfig(TrainingArguments):
     num_generations: int = field(
         default=1, metadata=_help("Rollouts of one prompt in a batch; divides per_device_train_batch_size.")
     )
+    ema_decay: float | None = field(
+        default=None,
+        metadata=_help(
+            "Decay an update of an average of the trained weights, evaluated and saved beside them (policy_ema/); "
+            "default: none is kept, flow_grpo: 0.9."
+        ),
+    )
 
     sampling_steps: int = field(default=16, metadata=_help("Steps of the ODE solve, in training and evaluation."))
     cfg_strength: float = field(default=2.0, metadata=_help("Classifier-free guidance; 0: none, F5-TTS: 2."))
@@ -203,6 +210,9 @@ def _check_numbers(config: RLHFConfig) -> None:
             continue
         if not isinstance(value, int | float) or value < 0:
             raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+    decay = config.ema_decay
+    if decay is not None and (not isinstance(decay, int | float) or not 0 <= decay < 1):
+        raise ValueError(f"ema_decay must be a number of at least 0 and below 1, got {decay!r}")
     if config.per_device_train_batch_size % config.num_generations:
         raise ValueError(
             "per_device_train_batch_size counts rollouts and must be a multiple of num_generations: got "

@@ -14,6 +14,9 @@ The noise of every update is a function of (seed, step, process, micro-batch) an
 epoch): a resumed run needs no saved generator to continue as the uninterrupted one.
 
     output_dir/  config.yaml  metrics.jsonl  checkpoint-N/  samples/  summary.json  report.html  policy/
+
+With `ema_decay` an average of the trained weights follows them (see ema.py), is evaluated beside them (`eval_ema_*`,
+`after_ema`) and saved as policy_ema/.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from rlhf_mel.algorithms.base import Algorithm, Metrics, Pipeline, Sampling, loa
 from rlhf_mel.checkpoints import load_policy, save_policy
 from rlhf_mel.config import RLHFConfig, save_config
 from rlhf_mel.data import GroupSampler, PromptDataset, load_prompts, mix_seed
+from rlhf_mel.ema import MovingAverage, warmed_up
 from rlhf_mel.evaluate import EvaluationResult, evaluate, verdict
 from rlhf_mel.policy import ReferencePolicy, add_lora
 from rlhf_mel.recognizer import Recognizer, load_recognizer
@@ -51,6 +55,9 @@ SHOWN = ("reward", "dnsmos_ovrl", "cer", "voice_similarity")
 
 ALGORITHM_STATE = "algorithm.pt"
 """File of a checkpoint with the state of an algorithm that has one."""
+
+EMA_STATE = "ema.pt"
+"""File of a checkpoint with the averaged weights, if there are any."""
 
 
 class UpdateLoss(nn.Module):
@@ -121,6 +128,8 @@ class RLHFTrainer(Trainer):
         self._collected: dict[int, Any] = {}
         self._clock = StepClock()
         self._update_loss = UpdateLoss(algorithm, self.pipeline)
+        self.average = None if args.ema_decay is None else MovingAverage(self.pipeline.policy)
+        follow = [] if self.average is None else [FollowWeights(self.average, args.ema_decay or 0.0)]
         super().__init__(
             model=self._update_loss,
             args=args,
@@ -130,6 +139,7 @@ class RLHFTrainer(Trainer):
             callbacks=[
                 self._clock,
                 AfterUpdate(self._update_loss),
+                *follow,
                 MetricsFile(Path(args.output_dir)),
                 *(callbacks or []),
             ],
@@ -155,9 +165,10 @@ class RLHFTrainer(Trainer):
         before = self._listen("before")
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         after = self._listen("after")
+        after_ema = self._listen_averaged("after")
         if self.args.should_save:
             save_policy(self.policy, folder / "policy")
-            self._write_results(folder, before, after, seconds=time.monotonic() - started)
+            self._write_results(folder, before, after, after_ema, seconds=time.monotonic() - started)
         self.accelerator.wait_for_everyone()
         return output
 
@@ -219,9 +230,11 @@ class RLHFTrainer(Trainer):
     ) -> dict[str, float]:
         """What rlhf_mel.evaluate says of the held-out prompts; in a distributed run the main process listens."""
         result = self._listen(f"step {self.state.global_step}")
-        shared = [None if result is None else result.metrics]
+        averaged = self._listen_averaged(f"step {self.state.global_step}")
+        shared = [{} if result is None else result.metrics, {} if averaged is None else averaged.metrics]
         broadcast_object_list(shared)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in (shared[0] or {}).items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in shared[0].items()}
+        metrics |= {f"{metric_key_prefix}_ema_{name}": value for name, value in shared[1].items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -248,8 +261,20 @@ class RLHFTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         return result
 
+    def _listen_averaged(self, when: str) -> EvaluationResult | None:
+        """The same of the averaged weights; None without any."""
+        if self.average is None:
+            return None
+        with self.average.applied():
+            return self._listen(f"{when}, ema")
+
     def _write_results(
-        self, folder: Path, before: EvaluationResult | None, after: EvaluationResult | None, seconds: float
+        self,
+        folder: Path,
+        before: EvaluationResult | None,
+        after: EvaluationResult | None,
+        after_ema: EvaluationResult | None,
+        seconds: float,
     ) -> None:
         summary: dict[str, Any] = {
             "algorithm": self.args.algorithm,
@@ -262,6 +287,11 @@ class RLHFTrainer(Trainer):
             "verdict": verdict(before, after) if before and after else {},
             "policy": str(folder / "policy"),
         }
+        if self.average is not None:
+            with self.average.applied():
+                save_policy(self.policy, folder / "policy_ema")
+            summary["after_ema"] = after_ema.metrics if after_ema else {}
+            summary["policy_ema"] = str(folder / "policy_ema")
         _write_json(folder / "summary.json", summary)
         if self.heldout and before and after:
             write_samples(folder / "samples", _all_prompts(self.heldout), before, after)
@@ -269,20 +299,30 @@ class RLHFTrainer(Trainer):
         print(f"  report: {write_report(folder)}", flush=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Adds the algorithm's own state, where it has one."""
-        state_dict = getattr(self._update_loss.algorithm, "state_dict", None)
-        if state_dict is not None and self.args.should_save:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(state_dict(), folder / ALGORITHM_STATE)
+        """Adds the algorithm's own state, where it has one, and the averaged weights, where there are any."""
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        for name, owner in self._owners_of_state():
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.save(owner.state_dict(), folder / name)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_state_dict = getattr(self._update_loss.algorithm, "load_state_dict", None)
-        if load_state_dict is not None:
-            state = torch.load(Path(resume_from_checkpoint) / ALGORITHM_STATE, map_location="cpu", weights_only=True)
-            load_state_dict(state)
+        for name, owner in self._owners_of_state():
+            file = Path(resume_from_checkpoint) / name
+            if not file.exists():
+                raise ValueError(
+                    f"checkpoint {resume_from_checkpoint}: expected {name}, which this run's algorithm or ema_decay "
+                    "needs, got none; resume with the options that it was written with"
+                )
+            owner.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+
+    def _owners_of_state(self) -> list[tuple[str, Any]]:
+        """What a checkpoint holds beside weights and optimizer: file names, and whose state they are."""
+        algorithm = self._update_loss.algorithm
+        owners = [(ALGORITHM_STATE, algorithm)] if hasattr(algorithm, "state_dict") else []
+        return owners if self.average is None else [*owners, (EMA_STATE, self.average)]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Export the policy alone (checkpoints of the Trainer hold the same weights under `policy.`)."""
@@ -319,6 +359,17 @@ class AfterUpdate(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._update_loss.algorithm.on_update(self._update_loss.pipeline)
+
+
+class FollowWeights(TrainerCallback):
+    """Moves an average of the weights after each step of the optimizer."""
+
+    def __init__(self, average: MovingAverage, decay: float) -> None:
+        self._average = average
+        self._decay = decay
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._average.update(warmed_up(self._decay, state.global_step))
 
 
 class MetricsFile(TrainerCallback):

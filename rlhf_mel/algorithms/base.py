@@ -32,7 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rlhf_mel.algorithms
+from rlhf_mel.advantages import score_advantages
 from rlhf_mel.audio import lengths_to_mask
+from rlhf_mel.forward_process import Options, Samples
 from rlhf_mel.policy import Policy, ReferencePolicy, rollout
 from rlhf_mel.rewards import Rewards
 from rlhf_mel.solvers import SDE, STEPWISE_METHODS
@@ -146,6 +148,12 @@ class Pipeline:
         duration = times[-1] - times[-1 - grad_steps]
         return dataclasses.replace(spoken, mel=mel), frame_mean(rate, spoken.lengths_frames) / duration
 
+    def sample(self, prompts: Prompts, generator: torch.Generator) -> Rollout:
+        """Rollout without gradients."""
+        spoken = rollout(self.policy, prompts, generator=generator, grad_steps=0, **dataclasses.asdict(self.sampling))
+        _check_finite(spoken.mel)
+        return spoken
+
     def sde_rollout(
         self, prompts: Prompts, generator: torch.Generator, *, sde: SDE, window: range, shared_prior: bool = False
     ) -> tuple[Rollout, list[Trajectory]]:
@@ -174,6 +182,42 @@ def _check_finite(mel: Tensor) -> None:
             "the policy generated a mel that is not finite: expected numbers, got NaN or infinity; lower "
             "learning_rate or raise beta, and start again from the last checkpoint"
         )
+
+
+def collect_samples(
+    pipeline: Pipeline,
+    prompts: Prompts,
+    generator: torch.Generator,
+    options: Options,
+    *,
+    across_groups: bool = False,
+) -> Samples:
+    """What the forward-process family learns from: rollouts of the policy, their advantages and reward metrics.
+
+    across_groups: compare all rollouts of the batch with each other, whatever their prompt.
+    """
+    prompts = dataclasses.replace(prompts, durations_frames=pipeline.policy.durations(prompts))
+    spoken = pipeline.sample(prompts, generator)
+    scores = pipeline.score(spoken, prompts)
+    group_ids = torch.arange(len(prompts)) if prompts.group_ids is None else prompts.group_ids
+    compared = (torch.zeros_like(group_ids) if across_groups else group_ids).to(scores.total.device)
+    advantages = score_advantages(
+        scores,
+        dict(zip(pipeline.rewards.names, pipeline.rewards.weights, strict=True)),
+        compared,
+        scale_rewards=options.scale_rewards,
+        multi_objective_aggregation=options.multi_objective_aggregation,
+    )
+    dropped = ~scores.total.isfinite()
+    return Samples(
+        prompts=prompts,
+        spoken=spoken,
+        advantages=advantages.clamp(-options.advantage_clip, options.advantage_clip),
+        group_ids=compared,
+        dropped=dropped,
+        cfg_strength=pipeline.sampling.cfg_strength,
+        metrics=score_metrics(scores, prompts.group_ids) | {"dropped_rollouts": dropped},
+    )
 
 
 def check_sde_window(name: str, pipeline: Pipeline, sde: SDE, window: range) -> None:

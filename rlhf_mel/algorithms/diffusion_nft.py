@@ -1,0 +1,136 @@
+"""DiffusionNFT: what is better attracts, what is worse repels, by flow matching on both sides of the old policy.
+
+    v+ = (1 - b) v_old + b v_theta,    v- = (1 + b) v_old - b v_theta                               (their section 3.2)
+    p_i = (1 + A_i / c) / 2 of [0, 1]                    c: advantage_clip; the "optimality probability" of a rollout
+    loss = (c / b) mean_i [p_i |v+ - u|^2 + (1 - p_i) |v- - u|^2] + beta mean_i |v_theta - v_ref|^2
+
+Half its gradient by v_theta is A_i (v_old - u) + c b (v_theta - v_old): away from u or towards it, held to the old
+policy by c b. So against a fixed old policy the optimum is v_old + E[A (u - v_old) | x_t] / (c b), which is the paper's
+v_old + (2 / b) E[(p - 1/2) (u - v_old) | x_t], and as the old policy follows, the anchor alone decides where both end.
+
+Rollouts are the old policy's (see ema.LaggedPolicy). With `adaptive_weighting`, as in the paper's experiments, both
+errors are those of the mel that a velocity points to, x_t + (1 - t) v, divided by their own mean size:
+
+    |e|^2  ->  (1 - t) mean e^2 / sg(mean |e|),    e = v+ - u or v- - u
+
+Reference: Zheng et al. 2025, DiffusionNFT, arXiv 2509.16117; factor c / b, c = 5, decay schedule, beta and
+adaptive weights as in its repository, NVlabs/DiffusionNFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline, collect_samples
+from rlhf_mel.ema import LaggedPolicy, MovingAverage, check_lag
+from rlhf_mel.forward_process import (
+    Draw,
+    Options,
+    Samples,
+    anchor_to,
+    anchors,
+    check_options,
+    check_positive,
+    kept_mean,
+    regress,
+)
+from rlhf_mel.solvers import counted_mean
+from rlhf_mel.types import Prompts
+
+LEAST_ERROR = 1e-5
+"""Of a predicted mel, in the adaptive weight; the repository's."""
+
+
+def nft_loss(draw: Draw, *, strength: float, advantage_clip: float, adaptive: bool) -> Tensor:
+    """(c / b) (p |v+ - u|^2 + (1 - p) |v- - u|^2), one value [b] a sample."""
+    old, step = draw.others["old"], strength * (draw.velocity - draw.others["old"])
+    probability = (1 + draw.advantages / advantage_clip) / 2
+    attracted = squared_error(draw, old + step, adaptive)
+    repelled = squared_error(draw, old - step, adaptive)
+    return advantage_clip / strength * (probability * attracted + (1 - probability) * repelled)
+
+
+def squared_error(draw: Draw, v: Tensor, adaptive: bool) -> Tensor:
+    """Mean [b] of (v - u)^2; `adaptive`: of the predicted mel's square error, over its mean absolute error."""
+    if not adaptive:
+        return draw.mse(v, draw.target)
+    size = counted_mean((v - draw.target).abs(), draw.counted).detach()
+    remaining = 1 - draw.t
+    return remaining.square() * draw.mse(v, draw.target) / (remaining * size).clamp(min=LEAST_ERROR)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    samples: Samples
+    old: MovingAverage
+
+
+class DiffusionNFT(AlgorithmBase):
+    name = "diffusion_nft"
+    needs_groups = True
+    default_beta = 1e-4
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Options):
+        strength: float = 1.0
+        """b: below 1, larger steps from the old policy. Paper: 1, for OCR 0.1."""
+        adaptive_weighting: bool = True
+        """Square errors of the predicted mel over their mean size; false: those of the velocity."""
+        old_decay_rate: float = 0.001
+        """Growth of the old policy's decay an update. Paper: 0.001."""
+        old_decay_max: float = 0.5
+        """Its limit, below 1; 0: the old policy is the one of the last update. Paper: 0.5."""
+
+        def __post_init__(self) -> None:
+            check_options("diffusion_nft", self)
+            check_positive("diffusion_nft", "strength", self.strength)
+            check_lag("diffusion_nft", self.old_decay_rate, self.old_decay_max)
+            if self.advantage_clip == float("inf"):
+                raise ValueError(
+                    "advantage_clip of diffusion_nft: expected a finite number, which makes A a probability"
+                )
+
+    def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
+        self.config = config or self.Config()
+        self.beta = beta
+        self._lagged = LaggedPolicy(self.config.old_decay_rate, self.config.old_decay_max)
+
+    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> Collected:
+        old = self._lagged.refreshed(pipeline.policy)
+        with old.applied():
+            return Collected(samples=collect_samples(pipeline, prompts, generator, self.config), old=old)
+
+    def loss(self, pipeline: Pipeline, collected: Collected, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        samples, others = collected.samples, {"old": collected.old, **anchor_to(pipeline.reference)}
+        values = regress(pipeline.policy, samples, self._values, self.config, generator, **others)
+        loss = kept_mean(values.pop("nft_loss"), samples.dropped)
+        if "anchor" in values:
+            loss = loss + self.beta * values["anchor"].mean()
+        return loss, {**samples.metrics, **{name: value.detach() for name, value in values.items()}}
+
+    def _values(self, draw: Draw) -> dict[str, Tensor]:
+        config = self.config
+        loss = nft_loss(
+            draw,
+            strength=config.strength,
+            advantage_clip=config.advantage_clip,
+            adaptive=config.adaptive_weighting,
+        )
+        return {"nft_loss": loss, "old_deviation": draw.mse(draw.velocity, draw.others["old"]), **anchors(draw)}
+
+    def on_update(self, pipeline: Pipeline) -> None:
+        self._lagged.on_update()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._lagged.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._lagged.load_state_dict(state)
+
+
+algorithm = DiffusionNFT
