@@ -18,9 +18,7 @@ STEPS = 5
 def expected_gradients(policy: GaussianPolicy, grad_steps: int) -> list[float]:
     """-d E[sum x_1] / d shift_k: the D elements, dt, and all later factors; 0 before the cut."""
     factors, dt = policy.euler_factors(), policy.grid.diff().tolist()
-    return [
-        -ELEMENTS * dt[k] * math.prod(factors[k + 1 :]) if k >= STEPS - grad_steps else 0.0 for k in range(STEPS)
-    ]
+    return [-ELEMENTS * dt[k] * math.prod(factors[k + 1 :]) if k >= STEPS - grad_steps else 0.0 for k in range(STEPS)]
 
 
 @pytest.mark.parametrize("grad_steps", [1, 3, 5])
@@ -36,9 +34,7 @@ def test_every_step_after_the_one_cut_is_in_the_chain() -> None:
     seen = set()
     for seed in range(20):
         policy = GaussianPolicy(STEPS)
-        loss, metrics = AlignProp().loss(
-            pipeline(policy, MelReward()), prompts(2), torch.Generator().manual_seed(seed)
-        )
+        loss, metrics = AlignProp().loss(pipeline(policy, MelReward()), prompts(2), torch.Generator().manual_seed(seed))
         loss.backward()
         seen.add(int(metrics["grad_steps"]))
         want = expected_gradients(policy, int(metrics["grad_steps"]))
@@ -71,7 +67,7 @@ def test_the_anchor_counts_the_steps_with_gradient_only() -> None:
 
 def test_what_cannot_be_is_refused() -> None:
     parts = pipeline(GaussianPolicy(STEPS), MelReward(differentiable=False))
-    with pytest.raises(ValueError, match="'alignprop' follows the gradient.*reward 'mel' without a gradient"):
+    with pytest.raises(ValueError, match=r"'alignprop' follows the gradient.*reward 'mel' without a gradient"):
         load_algorithm("alignprop").check(parts)
     with pytest.raises(ValueError, match="at most the 5 sampling_steps, got 6"):
         load_algorithm("alignprop", {"max_grad_steps": 6}).check(pipeline(GaussianPolicy(STEPS), MelReward()))

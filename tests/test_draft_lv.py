@@ -14,9 +14,8 @@ from rlhf_mel.algorithms.base import Algorithm, Pipeline, Sampling, load_algorit
 from rlhf_mel.algorithms.draft import Draft
 from rlhf_mel.algorithms.draft_lv import DraftLV, renoised
 from rlhf_mel.policy import ReferencePolicy, item_generators, rollout
-from rlhf_mel.rewards import Rewards
 
-STEPS, ROLLOUTS, TARGET = 2, 4000, -0.2
+STEPS, ROLLOUTS, TARGET = 2, 1500, -0.2
 T = torch.tensor(0.5)
 """The last time of the grid."""
 
@@ -28,8 +27,11 @@ def item_gradients(algorithm: Algorithm) -> Tensor:
     weight = torch.ones(ROLLOUTS, requires_grad=True)
     # d/dw_b of the gradient of a loss weighted by w_b is the gradient of item b: both are linear in it.
     original = parts.rewards.models[0].score
-    parts.rewards.models[0].score = lambda audio, p: original(audio, p) * weight.repeat_interleave(  # type: ignore
-        len(audio.mel) // ROLLOUTS
+    parts.rewards.models[0].score = lambda audio, p: (
+        original(audio, p)
+        * weight.repeat_interleave(  # type: ignore
+            len(audio.mel) // ROLLOUTS
+        )
     )
     loss, _ = algorithm.loss(parts, own, torch.Generator().manual_seed(0))
     (total,) = torch.autograd.grad(loss, policy.shift, create_graph=True)
@@ -52,7 +54,7 @@ def closed_form(n: int | None) -> tuple[float, float]:
 
 @pytest.mark.parametrize("n", [None, 1, 2, 4])
 def test_mean_and_variance_of_the_gradient(n: int | None) -> None:
-    """4,000 rollouts: the mean within 4.5 standard errors, the variance within 4.5 sqrt(2 / 4000) = 10 %."""
+    """1,500 rollouts: the mean within 4.5 standard errors, the variance within 4.5 sqrt(2 / 1500) = 16 %."""
     algorithm = Draft() if n is None else DraftLV(DraftLV.Config(num_renoisings=n))
     gradients = item_gradients(algorithm)
     mean, variance = closed_form(n)
@@ -104,9 +106,7 @@ def test_the_loss_is_that_of_a_plain_loop_over_items_and_noises() -> None:
 
     policy.eval()
     generator = torch.Generator().manual_seed(1)
-    spoken = rollout(
-        policy, own, generator=generator, grad_steps=0, return_trajectory=True, steps=4, cfg_strength=1.5
-    )
+    spoken = rollout(policy, own, generator=generator, grad_steps=0, return_trajectory=True, steps=4, cfg_strength=1.5)
     noises = item_generators(generator, 3 * n)
     t = policy.timesteps(4, sway_sampling_coef=-1.0)[-2]
     rewards, anchors = [], []
@@ -133,8 +133,7 @@ def test_the_loss_is_that_of_a_plain_loop_over_items_and_noises() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match="'draft_lv' follows the gradient.*reward 'mel' without a gradient"):
+    with pytest.raises(ValueError, match=r"'draft_lv' follows the gradient.*reward 'mel' without a gradient"):
         load_algorithm("draft_lv").check(pipeline(GaussianPolicy(2), MelReward(differentiable=False)))
     with pytest.raises(ValueError, match="num_renoisings of draft_lv: expected a whole number of at least 1, got 0"):
         load_algorithm("draft_lv", {"num_renoisings": 0})
-    assert Rewards([MelReward()]).differentiable
