@@ -5,6 +5,7 @@
 A group is the rollouts with one group id, never those with one text: two voices may say the same. A reward that is not
 finite counts for nothing: it is left out of every mean and deviation, and its own advantage is 0 (so mask such rows in
 a loss that is not proportional to the advantage). In a group whose rewards are all equal every advantage is exactly 0.
+The mean counts the rollout itself, which takes 1 / G off the gradient of the reward in a group of G, in no other way.
 
 References: Shao et al. 2024, DeepSeekMath (GRPO), arXiv 2402.03300; scale "none": Liu et al. 2025, Dr. GRPO, arXiv
 2503.20783; "normalize_then_sum": GDPO, as in TRL's GRPOTrainer, whose epsilon and standard deviation (n - 1) these are.
@@ -13,15 +14,14 @@ References: Shao et al. 2024, DeepSeekMath (GRPO), arXiv 2402.03300; scale "none
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rlhf_mel.types import Scores
 
-ScaleRewards = Literal["group", "batch", "none"]
-Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
+SCALE_REWARDS = ("group", "batch", "none")
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 
 EPSILON = 1e-4
 """Keeps the division finite; TRL's and flow_grpo's."""
@@ -30,8 +30,8 @@ EPSILON = 1e-4
 def check_scaling(name: str, scale_rewards: str, multi_objective_aggregation: str) -> None:
     """Raise a ValueError unless both are known; `name` is the algorithm's."""
     for option, value, known in (
-        ("scale_rewards", scale_rewards, get_args(ScaleRewards)),
-        ("multi_objective_aggregation", multi_objective_aggregation, get_args(Aggregation)),
+        ("scale_rewards", scale_rewards, SCALE_REWARDS),
+        ("multi_objective_aggregation", multi_objective_aggregation, AGGREGATIONS),
     ):
         if value not in known:
             raise ValueError(f"{option} of {name}: expected one of {list(known)}, got {value!r}")
@@ -42,8 +42,8 @@ def score_advantages(
     weights: Mapping[str, float],
     group_ids: Tensor | None,
     *,
-    scale_rewards: ScaleRewards = "group",
-    multi_objective_aggregation: Aggregation = "sum_then_normalize",
+    scale_rewards: str = "group",
+    multi_objective_aggregation: str = "sum_then_normalize",
 ) -> Tensor:
     """Advantages, float32 [B], of what the reward models said.
 
@@ -66,7 +66,7 @@ def score_advantages(
     return batch_advantages(summed.where(total.isfinite(), torch.nan))
 
 
-def group_advantages(rewards: Tensor, group_ids: Tensor, *, scale_rewards: ScaleRewards = "group") -> Tensor:
+def group_advantages(rewards: Tensor, group_ids: Tensor, *, scale_rewards: str = "group") -> Tensor:
     """Advantages [B] of `rewards` [B] over the mean of their group (`group_ids` [B])."""
     centred = torch.zeros_like(rewards)
     scale = torch.ones_like(rewards)

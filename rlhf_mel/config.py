@@ -83,7 +83,9 @@ class RLHFConfig(TrainingArguments):
         metadata=_help("Rewards by name (reward_models/NAME.py) or 'package.module:Name'."),
     )
     reward_weights: list[float] | None = field(default=None, metadata=_help("One weight a reward; default: 1 each."))
-    algorithm: str = field(default="draft", metadata=_help("A file of rlhf_mel/algorithms: 'draft', 'refl'."))
+    algorithm: str = field(
+        default="draft", metadata=_help("A file of rlhf_mel/algorithms: 'draft', 'refl', 'flow_grpo', ...")
+    )
     algorithm_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata=_help("Options of the algorithm's own Config, as JSON: '{\"grad_steps\": 4}'.")
     )

@@ -123,7 +123,7 @@ def rows_by_duration(prompts: Prompts) -> list[list[int]]:
     return list(rows.values())
 
 
-def velocity_as_now(policy: Policy) -> Any:
+def velocity_as_now(policy: Policy | ReferencePolicy) -> Any:
     """The policy's velocity, always in the train/eval mode it has now."""
     return keep_mode(policy, policy.velocity) if isinstance(policy, nn.Module) else policy.velocity
 

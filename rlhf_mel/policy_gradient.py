@@ -14,7 +14,7 @@ dm = mean_theta - mean_old and whose spread differs from step to step, by
     std (log ratio + |dm|^2 / (2 std^2)) = dm (x_{k+1} - mean_old) / std         (mean 0, spread |dm|)
 
 so that clipping treats better and worse rollouts alike, and divides the loss of a step by its dt, so that all steps
-have gradients of one size.
+have gradients of one size (in this form as verl-omni's GRPOGuardLoss). The KL is not weighed anew.
 
 References: Schulman et al. 2017, PPO, arXiv 1707.06347; Black et al. 2023, DDPO, arXiv 2305.13301; Liu et al. 2025,
 Flow-GRPO, arXiv 2505.05470. flow_grpo leaves dt out of the std of its KL; here it is exact.
@@ -24,11 +24,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf_mel.policy import Policy, ReferencePolicy
 from rlhf_mel.solvers import Transition, counted_mean, mean_log_prob, transition_kl
 from rlhf_mel.trajectories import Trajectory, replay
 
@@ -86,8 +86,8 @@ def guard_log_ratio(x: Tensor, transition: Transition, mean_old: Tensor, counted
 
 
 def policy_gradient_loss(
-    policy: Any,
-    reference: Any,
+    policy: Policy,
+    reference: ReferencePolicy | None,
     collected: Collected,
     *,
     clip: Clip,
@@ -132,7 +132,9 @@ def _step_weights(trajectory: Trajectory, clip: Clip) -> Tensor:
     return (1 / dt if clip.guard else torch.ones_like(dt)).unsqueeze(1)
 
 
-def _kls(reference: Any, trajectory: Trajectory, transitions: Sequence[Transition], counted: Tensor) -> Tensor:
+def _kls(
+    reference: ReferencePolicy, trajectory: Trajectory, transitions: Sequence[Transition], counted: Tensor
+) -> Tensor:
     """[W, b]: divergence of each step from the reference's."""
     with torch.no_grad():
         references, _ = replay(reference, trajectory, checkpoint=False)

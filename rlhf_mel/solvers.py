@@ -34,7 +34,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -196,7 +196,7 @@ def _torchdiffeq_step(method: str) -> Callable[..., Tensor]:
     return step
 
 
-SDEKind = Literal["exponential", "flow_cps", "flow_sde"]
+SDE_KINDS = ("exponential", "flow_cps", "flow_sde")
 
 
 class Transition(NamedTuple):
@@ -212,13 +212,13 @@ class Transition(NamedTuple):
 class SDE:
     """How noise enters a step; the equations are at the top."""
 
-    kind: SDEKind = "exponential"
+    kind: str = "exponential"
     noise_level: float = 0.7
     """a: 0 is Euler's step of the ODE, to the last bit. flow_grpo: 0.7; for "flow_cps" at most 1."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(SDEKind):
-            raise ValueError(f"sde: expected one of {list(get_args(SDEKind))}, got {self.kind!r}")
+        if self.kind not in SDE_KINDS:
+            raise ValueError(f"sde: expected one of {list(SDE_KINDS)}, got {self.kind!r}")
         most = 1.0 if self.kind == "flow_cps" else math.inf
         if not isinstance(self.noise_level, int | float) or not 0 <= self.noise_level <= most:
             raise ValueError(f"noise_level of {self.kind}: expected 0 to {most:g}, got {self.noise_level!r}")

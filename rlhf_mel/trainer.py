@@ -359,7 +359,7 @@ class Console(ProgressCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs or "reward" not in logs:
             return
-        watched = ("reward", "anchor", "loss", "grad_norm", "step_time", "dropped_rollouts")
+        watched = ("reward", "anchor", "kl", "loss", "grad_norm", "step_time", "dropped_rollouts")
         shown = {name: logs[name] for name in logs if name in watched and (name != "dropped_rollouts" or logs[name])}
         write = print if self.training_bar is None else self.training_bar.write
         write(f"{state.global_step:>8}/{state.max_steps}  {_line(shown)}")

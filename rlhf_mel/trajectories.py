@@ -24,6 +24,7 @@ from torch import Tensor
 from rlhf_mel.policy import (
     Generators,
     Policy,
+    ReferencePolicy,
     collect_rollout,
     evaluating,
     item_generators,
@@ -115,7 +116,9 @@ def sde_rollout(
     return collect_rollout(mels), trajectories
 
 
-def replay(policy: Any, trajectory: Trajectory, *, checkpoint: bool = True) -> tuple[list[Transition], Tensor]:
+def replay(
+    policy: Policy | ReferencePolicy, trajectory: Trajectory, *, checkpoint: bool = True
+) -> tuple[list[Transition], Tensor]:
     """What `policy` (or the reference) would have drawn each step of the window from, and the frames that count.
 
     With gradients where they are enabled and the policy has them; bool [b, T].
@@ -130,7 +133,7 @@ def replay(policy: Any, trajectory: Trajectory, *, checkpoint: bool = True) -> t
     return transitions, cond.generated
 
 
-def _velocity(policy: Any, cond: Any, dtype: torch.dtype) -> Velocity:
+def _velocity(policy: Policy | ReferencePolicy, cond: Any, dtype: torch.dtype) -> Velocity:
     """The policy's velocity in the dtype of x, computed in `dtype`, that of the policy's own noise."""
     function = partial(velocity_as_now(policy), cond=cond)
     return lambda x, t: function(x.to(dtype), t).to(x.dtype)

@@ -40,8 +40,8 @@ def test_groups_are_those_of_the_ids_in_any_order() -> None:
 def test_a_missing_reward_counts_for_nothing(scale_rewards: str) -> None:
     rewards, groups = torch.tensor([1.0, NAN, 3.0, 5.0, math.inf]), torch.tensor([0, 0, 0, 1, 1])
     kept = torch.tensor([0, 2, 3])
-    got = group_advantages(rewards, groups, scale_rewards=scale_rewards)  # type: ignore[arg-type]
-    want = group_advantages(rewards[kept], groups[kept], scale_rewards=scale_rewards)  # type: ignore[arg-type]
+    got = group_advantages(rewards, groups, scale_rewards=scale_rewards)
+    want = group_advantages(rewards[kept], groups[kept], scale_rewards=scale_rewards)
     assert torch.equal(got[kept], want) and got[1] == got[4] == 0
     assert got[0] < 0 < got[2] and got[3] == 0, "alone in its group: nothing to be better than"
 

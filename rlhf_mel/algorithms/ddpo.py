@@ -24,7 +24,7 @@ from torch import Tensor
 from rlhf_mel.advantages import EPSILON
 from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline, check_sde_window, score_metrics
 from rlhf_mel.policy_gradient import Clip, Collected, check_clipping, policy_gradient_loss
-from rlhf_mel.solvers import SDE, SDEKind
+from rlhf_mel.solvers import SDE
 from rlhf_mel.types import Prompts
 
 
@@ -83,7 +83,7 @@ class DDPO(AlgorithmBase):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        sde: SDEKind = "exponential"
+        sde: str = "exponential"
         """Noise of the random steps: 'exponential', 'flow_sde' or 'flow_cps' (see solvers.py)."""
         noise_level: float = 0.7
         """Its size a, see solvers.SDE."""

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_mel.advantages import Aggregation, ScaleRewards, check_scaling, score_advantages
+from rlhf_mel.advantages import check_scaling, score_advantages
 from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline, check_sde_window, score_metrics
 from rlhf_mel.policy_gradient import Clip, Collected, check_clipping, policy_gradient_loss
-from rlhf_mel.solvers import SDE, SDEKind
+from rlhf_mel.solvers import SDE
 from rlhf_mel.types import Prompts
 
 
@@ -44,7 +44,7 @@ class FlowGRPO(AlgorithmBase):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        sde: SDEKind = "exponential"
+        sde: str = "exponential"
         """Noise of the random steps: 'exponential', 'flow_sde' (the paper's) or 'flow_cps' (see solvers.py)."""
         noise_level: float = 0.7
         """Its size a. flow_grpo: 0.7, with 'flow_cps' 0.8; FlowTTS-GRPO: 0.5."""
@@ -63,9 +63,9 @@ class FlowGRPO(AlgorithmBase):
         """Clip range of the ratio, which is per element: of a likelihood it would be epsilon times their number."""
         epsilon_high: float | None = None
         """Upper clip range; null: epsilon."""
-        scale_rewards: ScaleRewards = "group"
+        scale_rewards: str = "group"
         """Divide advantages by the standard deviation of their 'group', the 'batch' (one device's), or by 'none'."""
-        multi_objective_aggregation: Aggregation = "sum_then_normalize"
+        multi_objective_aggregation: str = "sum_then_normalize"
         """Several rewards: sum them, then normalise ('sum_then_normalize'), or each first ('normalize_then_sum')."""
         advantage_clip: float = 5.0
         """Largest size of an advantage."""
