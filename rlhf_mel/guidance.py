@@ -118,9 +118,9 @@ class NoiseOptimisation:
         total = self.rewards(sound(self.vocoder, spoken), prompts).total
         energy = torch.stack([x0[own].square().sum() / 2 for x0, own in zip(noise, free, strict=True)])
         value = total - self.prior_weight * energy
-        finite = value.isfinite()
-        gradients = torch.autograd.grad(value.where(finite, 0.0).sum(), noise)
-        return replace(spoken, mel=spoken.mel.detach()), value.detach().where(finite, -torch.inf), gradients
+        gradients = torch.autograd.grad(value.sum(), noise)
+        value = value.detach().where(value.isfinite(), -torch.inf)
+        return replace(spoken, mel=spoken.mel.detach()), value, gradients
 
 
 @torch.no_grad()
@@ -218,16 +218,15 @@ class Guided(nn.Module):
             x = x.detach().requires_grad_()
             v = self.policy.velocity(x, t, cond.policy)
             mel = self.policy.finalize(endpoint(x, v, t), cond.policy)
-            (gradient,) = torch.autograd.grad(self._reward(mel, cond), x)
+            (gradient,) = torch.autograd.grad(self._total(mel, cond).sum(), x)
         gradient = gradient.masked_fill(~gradient.isfinite().flatten(1).all(1)[:, None, None], 0.0)
         lever = self.guidance.scale * (1 - t) / t
         return (v + lever * gradient.where(cond.generated.unsqueeze(-1), 0.0)).detach()
 
-    def _reward(self, mel: Tensor, cond: Prompted) -> Tensor:
-        """Sum of the finite totals of the generated frames of mel [B, T, M]."""
+    def _total(self, mel: Tensor, cond: Prompted) -> Tensor:
+        """What the rewards say [B] of the generated frames of mel [B, T, M]; without gradient where not finite."""
         spoken = collect_rollout({item: mel[item, own] for item, own in enumerate(cond.generated)})
-        total = self.guidance.rewards(sound(self.guidance.vocoder, spoken), cond.prompts).total
-        return total.where(total.isfinite(), 0.0).sum()
+        return self.guidance.rewards(sound(self.guidance.vocoder, spoken), cond.prompts).total
 
     def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
         return self.policy.timesteps(steps, sway_sampling_coef=sway_sampling_coef)

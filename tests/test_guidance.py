@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from gaussian import ELEMENTS, FLOW, GENERATED, MELS, REFERENCE, GaussianPolicy, MelReward, Silent, prompts
+from gaussian import ELEMENTS, FLOW, GENERATED, MELS, GaussianPolicy, MelReward, Silent, prompts
 from problems import tiny_policy, tiny_prompts
 from torch import Tensor
 
@@ -101,18 +102,24 @@ def test_a_step_by_hand() -> None:
         assert torch.equal(moved(x0, useless, free, 0.5, "gaussian"), x0)
 
 
+@dataclass
 class Fails(MelReward):
-    """No score for the first row."""
+    """The first row has no score, or a score whose gradient is NaN."""
+
+    what: str = "score"
 
     def score(self, audio: Audio, p: Prompts) -> Tensor:
         scores = super().score(audio, p)
-        return torch.cat([scores[:1] * math.nan, scores[1:]])
+        first = scores[:1]
+        broken = first + math.nan if self.what == "score" else first + 0 * (first - first.detach()).sqrt()
+        return torch.cat([broken, scores[1:]])
 
 
-def test_a_row_without_a_score_is_spoken_plainly() -> None:
-    policy = GaussianPolicy(STEPS, exact=True)
+@pytest.mark.parametrize("what", ["score", "gradient"])
+def test_a_row_without_a_score_or_gradient_is_spoken_plainly(what: str) -> None:
+    policy, reward = GaussianPolicy(STEPS, exact=True), Fails(what=what)
     plain = rollout(policy, prompts(2), generator=seeded(), grad_steps=0, **OPTIONS).mel
-    for sampler in (optimisation(Fails()), guidance(Fails())):
+    for sampler in (optimisation(reward), guidance(reward)):
         mel = sampler(policy, prompts(2), generator=seeded(), **OPTIONS).mel
         torch.testing.assert_close(mel[0], plain[0])
         assert (mel[1] - plain[1]).abs().max() > 0.05
@@ -167,13 +174,13 @@ def test_each_item_is_guided_as_it_would_be_alone() -> None:
 
 
 def test_the_reference_frames_are_not_guided() -> None:
-    """The velocity itself: what is added is zero in the frames of the clip."""
-    policy = GaussianPolicy(2)
+    """Attention makes the reward depend on every frame; what is added to the velocity is zero in those of the clip."""
+    policy, own = tiny_policy().eval(), tiny_prompts().select([0])
     guided = Guided(policy, guidance(MelReward(), scale=3.0))
-    cond = guided.encode(prompts(1), cfg_strength=0.0)
-    x, t = torch.randn(1, REFERENCE + GENERATED, MELS, generator=seeded()), torch.tensor(0.5)
-    added = guided.velocity(x, t, cond) - policy.velocity(x, t, cond.policy)
-    assert (added[:, :REFERENCE] == 0).all() and (added[:, REFERENCE:] > 0.1).all()
+    cond = guided.encode(own)
+    x, t = policy.prior(cond.policy, seeded()), torch.tensor(0.5)
+    added = (guided.velocity(x, t, cond) - policy.velocity(x, t, cond.policy)).detach()
+    assert (added[~cond.generated] == 0).all() and (added[cond.generated] != 0).all()
 
 
 # Both.

@@ -53,7 +53,7 @@ from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline, require_r
 from rlhf_mel.policy import Policy, ReferencePolicy, evaluating, velocity_as_now
 from rlhf_mel.solvers import SDE, counted_mean, differentiated
 from rlhf_mel.trajectories import Trajectory
-from rlhf_mel.types import Prompts, Rollout
+from rlhf_mel.types import Prompts, Rollout, Scores
 
 Dynamics = Literal["memoryless", "ode"]
 
@@ -117,15 +117,13 @@ def lean_adjoint(
     return torch.stack(adjoints[::-1]), torch.stack(base[::-1])
 
 
-def reward_gradient(pipeline: Pipeline, spoken: Rollout, prompts: Prompts) -> tuple[Tensor, Tensor, Metrics]:
-    """Gradient of each item's total by its mel [B, T, M], bool [B]: not finite, and the reward metrics."""
+def reward_gradient(pipeline: Pipeline, spoken: Rollout, prompts: Prompts) -> tuple[Tensor, Scores]:
+    """Gradient of each item's total by its mel [B, T, M], and the scores."""
     with torch.enable_grad():
         mel = spoken.mel.detach().requires_grad_()
         scores = pipeline.score(replace(spoken, mel=mel), prompts)
-        finite = scores.total.isfinite()
-        (gradient,) = torch.autograd.grad(scores.total.where(finite, 0.0).sum(), mel)
-    dropped = ~finite | ~gradient.isfinite().flatten(1).all(1)
-    return gradient.masked_fill(dropped[:, None, None], 0.0), dropped, score_metrics(scores, prompts.group_ids)
+        (gradient,) = torch.autograd.grad(scores.total.sum(), mel)
+    return gradient, scores
 
 
 def adjoint_matching_loss(v: Tensor, targets: Targets, counted: Tensor) -> Tensor:
@@ -189,14 +187,19 @@ class AdjointMatching(AlgorithmBase):
         steps = pipeline.sampling.steps
         sde = SDE(noise_level=0.0 if self.config.dynamics == "ode" else math.sqrt(2))
         spoken, trajectories = pipeline.sde_rollout(prompts, generator, sde=sde, window=range(steps - 1))
-        gradient, dropped, metrics = reward_gradient(pipeline, spoken, prompts)
+        gradient, scores = reward_gradient(pipeline, spoken, prompts)
+        dropped = ~scores.total.isfinite()
         trained = self._trained_steps(steps, generator)
         targets = []
         for trajectory in trajectories:
-            targets.append(self._targets(pipeline, trajectory, gradient[list(trajectory.rows)] / self.beta, trained))
-            push = targets[-1].push.transpose(0, 1)
-            dropped[list(trajectory.rows)] |= ~push.isfinite().flatten(1).all(1)
-        return Collected(targets, dropped, metrics | {"dropped_rollouts": dropped})
+            rows = list(trajectory.rows)
+            own = self._targets(pipeline, trajectory, gradient[rows] / self.beta, trained)
+            broken = ~own.push.isfinite().transpose(0, 1).flatten(1).all(1)
+            dropped[rows] |= broken
+            # infinity would reach the weights even where the loss leaves the row out
+            targets.append(replace(own, push=own.push.masked_fill(broken[None, :, None, None], 0.0)))
+        metrics = score_metrics(scores, prompts.group_ids) | {"dropped_rollouts": dropped}
+        return Collected(targets, dropped, metrics)
 
     def _trained_steps(self, steps: int, generator: torch.Generator) -> list[int]:
         first = steps - (self.config.last_steps or steps)
