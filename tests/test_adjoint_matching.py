@@ -6,12 +6,15 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gaussian import FLOW, REFERENCE, GaussianPolicy, MelReward, pipeline, prompts
+from peft import LoraConfig
 from problems import LinearGaussianFlow, tiny_policy, tiny_prompts
+from test_trainer import metrics, same_weights, trainer, write_dataset
 from torch import Tensor
 
 from rlhf_mel.algorithms.adjoint_matching import (
@@ -322,6 +325,27 @@ def test_the_ode_reaches_the_optimum_of_its_own_objective() -> None:
     exact = (policy.grid.diff() * left.square()).sum().item() * SCALE / BETA
     assert moved == pytest.approx(exact, rel=0.003)
     assert moved == pytest.approx(SCALE * FLOW.deviation / BETA * math.pi / 2, rel=0.03)
+
+
+# Through the trainer.
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["adjoint_matching", "alignprop", "draft_lv"])
+def test_it_trains_and_resumes_to_the_bit(tmp_path: Path, name: str, lora: bool) -> None:
+    """Two updates from one batch; with LoRA the reference is the policy with its adapters off."""
+    options: dict[str, Any] = dict(algorithm=name, num_iterations=2, max_steps=4, save_steps=2, save_total_limit=None)
+    peft = LoraConfig(r=2) if lora else None
+    own = write_dataset(tmp_path)
+    whole = trainer(tmp_path, own, peft=peft, **options)
+    whole.train()
+    uninterrupted = metrics(tmp_path)
+    assert uninterrupted[0]["anchor"] == 0 < uninterrupted[-1]["anchor"]
+    assert all(line["grad_norm"] > 0 for line in uninterrupted if "grad_norm" in line)
+    resumed = trainer(tmp_path, own, peft=peft, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert metrics(tmp_path) == uninterrupted
+    assert same_weights(resumed.policy, whole.policy)
 
 
 # What it refuses.
