@@ -25,7 +25,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jiwer
 import numpy as np
@@ -38,7 +38,7 @@ from rlhf_mel.policy import Policy, rollout
 from rlhf_mel.recognizer import Recognizer, normalize_text
 from rlhf_mel.rewards import Rewards
 from rlhf_mel.sound import sound
-from rlhf_mel.types import Audio, Prompts
+from rlhf_mel.types import Audio, Prompts, Rollout
 from rlhf_mel.vocoders import Vocoder
 
 JUDGE_SAMPLE_RATE_HZ = 16_000
@@ -51,6 +51,27 @@ SILENCE_POWER = 1e-6
 
 Judge = Callable[[Audio], Mapping[str, Tensor]]
 """A pure function of the sound: measures by name, each float [B]."""
+
+
+class Sampler(Protocol):
+    """A policy and prompts to speech; the same noise in, the same speech out, whatever the batch."""
+
+    def __call__(
+        self,
+        policy: Policy,
+        prompts: Prompts,
+        *,
+        steps: int,
+        cfg_strength: float,
+        sway_sampling_coef: float | None,
+        method: str,
+        generator: Sequence[torch.Generator],
+    ) -> Rollout: ...
+
+
+def plain(policy: Policy, prompts: Prompts, **options: Any) -> Rollout:
+    """One rollout of each prompt: policy.rollout without gradients."""
+    return rollout(policy, prompts, grad_steps=0, **options)
 
 
 @dataclass(frozen=True)
@@ -91,6 +112,7 @@ def evaluate(
     recognizer: Recognizer | None = None,
     judges: Sequence[Judge] | None = None,
     batch_size: int = 8,
+    sampler: Sampler = plain,
 ) -> EvaluationResult:
     """Let the policy speak all `prompts` and measure what is heard; nothing is trained, no gradient is kept.
 
@@ -98,6 +120,7 @@ def evaluate(
         recognizer: without it there is no `cer` and no `voice_similarity`.
         judges: functions of the sound; None: `DEFAULT_JUDGES`.
         batch_size: prompts at a time; changes memory and speed, not the result.
+        sampler: how the policy is made to speak: once, or say `best_of_n.BestOfN`, `guidance.NoiseOptimisation`.
     """
     if recognizer is not None and recognizer.mel_spec != vocoder.mel_spec:
         raise ValueError(
@@ -109,14 +132,13 @@ def evaluate(
     for start in range(0, len(prompts), batch_size):
         rows = range(start, min(start + batch_size, len(prompts)))
         part = prompts.select(rows)
-        spoken = rollout(
+        spoken = sampler(
             policy,
             part,
             steps=steps,
             cfg_strength=cfg_strength,
             sway_sampling_coef=sway_sampling_coef,
             method=method,
-            grad_steps=0,
             generator=[item_generator(seed, row) for row in rows],
         )
         with torch.no_grad():
