@@ -20,7 +20,6 @@ from torch import Tensor
 from rlhf_mel.algorithms.adjoint_matching import (
     AdjointMatching,
     Collected,
-    Targets,
     adjoint_matching_loss,
     control_scales,
     shortened,
@@ -193,12 +192,9 @@ def test_the_loss_on_three_numbers_by_hand() -> None:
     """Frame 0 does not count. Step 1: (1 - 0.5 - 1)^2, (2 - 1)^2; step 2: (3 - 2 - 1)^2, (1 - 3)^2."""
     column = [[9.0, 1.0, 2.0], [9.0, 3.0, 1.0]], [[0.0, 0.5, 1.0], [0.0, 2.0, 3.0]], [[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]
     v, base, push = (torch.tensor(values).reshape(2, 1, 3, 1) for values in column)
-    targets = Targets(
-        trajectory=None, steps=[0, 1], base=base, push=push, weights=torch.tensor([2.0, 0.5]), shortened=None
-    )  # type: ignore[arg-type]
-    counted = torch.tensor([[False, True, True]])
+    weights, counted = torch.tensor([2.0, 0.5]), torch.tensor([[False, True, True]])
     # 2 (0.25 + 1) / 2 + 0.5 (0 + 4) / 2
-    assert adjoint_matching_loss(v, targets, counted).tolist() == pytest.approx([2.25])
+    assert adjoint_matching_loss(v - base, push, weights, counted).tolist() == pytest.approx([2.25])
 
 
 def test_a_push_beyond_the_limit_is_shortened_by_hand() -> None:
@@ -274,14 +270,10 @@ def test_a_row_without_score_gradient_or_adjoint_is_dropped_and_counted(what: st
     assert parts.policy.shift.grad.isfinite().all()  # type: ignore[attr-defined]
 
     _, whole = collect(GaussianPolicy(5), MelReward(2.0, target=0.0), batch=3)
-    kept = replace_rows(whole.targets[0], [1, 2])
+    push = whole.targets[0].push[:, [1, 2]]
     counted = torch.tensor([[False] * REFERENCE + [True] * 3] * 2)
-    want = adjoint_matching_loss(kept.base + 0.3, kept, counted).mean()
+    want = adjoint_matching_loss(torch.full_like(push, 0.3), push, whole.targets[0].weights, counted).mean()
     assert loss.item() == pytest.approx(want.item(), rel=1e-4)
-
-
-def replace_rows(targets: Targets, rows: list[int]) -> Targets:
-    return dataclasses.replace(targets, base=targets.base[:, rows], push=targets.push[:, rows])
 
 
 # Training to known optima.

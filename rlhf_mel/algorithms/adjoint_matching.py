@@ -45,7 +45,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ from rlhf_mel.solvers import SDE, counted_mean, differentiated
 from rlhf_mel.trajectories import Trajectory
 from rlhf_mel.types import Prompts, Rollout, Scores
 
-Dynamics = Literal["memoryless", "ode"]
+DYNAMICS = ("memoryless", "ode")
 
 Finalize = Callable[[Tensor, Any], Tensor]
 """(x_1 [b, T, M], cond) -> mel [b, T, M]."""
@@ -87,7 +87,7 @@ class Collected(NamedTuple):
     metrics: Metrics
 
 
-def control_scales(t: Tensor, dynamics: Dynamics) -> tuple[Tensor, Tensor]:
+def control_scales(t: Tensor, dynamics: str) -> tuple[Tensor, Tensor]:
     """c [K] and the weights [K] of the loss, of the steps of the grid t [K + 1]."""
     dt = t.diff()
     if dynamics == "ode":
@@ -140,10 +140,10 @@ def shortened(push: Tensor, counted: Tensor, most: float | None) -> tuple[Tensor
     return push * (most / length).clamp(max=1.0)[..., None, None], length > most
 
 
-def adjoint_matching_loss(v: Tensor, targets: Targets, counted: Tensor) -> Tensor:
-    """Sum over the n steps [b] of weight * mean of |v - v_ref - c g|^2 over the frames `counted`; v [n, b, T, M]."""
-    squares = (v - targets.base - targets.push).square()
-    return sum(weight * counted_mean(square, counted) for weight, square in zip(targets.weights, squares, strict=True))
+def adjoint_matching_loss(control: Tensor, push: Tensor, weights: Tensor, counted: Tensor) -> Tensor:
+    """Sum over n steps [b] of weight * mean of |v - v_ref - c g|^2 over the frames `counted`; control = v - v_ref."""
+    squares = zip(weights, (control - push).square(), strict=True)
+    return torch.stack([weight * counted_mean(square, counted) for weight, square in squares]).sum(0)
 
 
 class AdjointMatching(AlgorithmBase):
@@ -153,7 +153,7 @@ class AdjointMatching(AlgorithmBase):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        dynamics: Dynamics = "memoryless"
+        dynamics: str = "memoryless"
         """'memoryless': the paper's SDE, reaches the tilted distribution; 'ode': deterministic, see the top."""
         last_steps: int | None = None
         """Train and solve the adjoint for that many last steps only; null: all. 2605.06583: 3, with 'ode'."""
@@ -163,9 +163,9 @@ class AdjointMatching(AlgorithmBase):
         """Longest c g, as a root mean square over an item's elements (its velocity has about 3); null: no limit."""
 
         def __post_init__(self) -> None:
-            if self.dynamics not in get_args(Dynamics):
+            if self.dynamics not in DYNAMICS:
                 raise ValueError(
-                    f"dynamics of adjoint_matching: expected one of {list(get_args(Dynamics))}, got {self.dynamics!r}"
+                    f"dynamics of adjoint_matching: expected one of {list(DYNAMICS)}, got {self.dynamics!r}"
                 )
             for option in ("last_steps", "num_train_steps"):
                 value = getattr(self, option)
@@ -256,10 +256,10 @@ class AdjointMatching(AlgorithmBase):
         for targets in collected.targets:
             rows = list(targets.trajectory.rows)
             v, counted = _velocities(pipeline.policy, targets)
-            own = adjoint_matching_loss(v, targets, counted)
+            control = v - targets.base
+            own = adjoint_matching_loss(control, targets.push, targets.weights, counted)
             loss = loss + own.where(kept[rows], 0.0).sum() / kept.sum().clamp(min=1)
-            apart = (v.detach() - targets.base).square().mean(0)
-            anchor[rows] = counted_mean(apart, counted)
+            anchor[rows] = counted_mean(control.detach().square().mean(0), counted)
             shortened_push[rows] = targets.shortened
         return loss, {**collected.metrics, "anchor": anchor, "shortened_push": shortened_push}
 
