@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ from rlhf_mel.sound import sound
 from rlhf_mel.types import Prompts, Rollout
 from rlhf_mel.vocoders import Vocoder
 
-Prior = Literal["sphere", "gaussian"]
+PRIORS = ("sphere", "gaussian")
 
 
 def require_gradient(sampler: str, vocoder: Vocoder, rewards: Rewards) -> None:
@@ -75,7 +75,7 @@ class NoiseOptimisation:
     updates: int = 20
     step_size: float = 0.1
     """eta, the first step as a share of the norm of noise; on the sphere: in radians. Later ones fall linearly to 0."""
-    prior: Prior = "sphere"
+    prior: str = "sphere"
     prior_weight: float = 0.0
     """w of the "gaussian" prior, in units of the reward: 1 nat less likely noise costs w."""
 
@@ -88,9 +88,9 @@ class NoiseOptimisation:
                 "step_size and prior_weight of noise optimisation: expected above 0 and at least 0, got "
                 f"{self.step_size!r} and {self.prior_weight!r}"
             )
-        if self.prior not in get_args(Prior) or (self.prior == "sphere" and self.prior_weight):
+        if self.prior not in PRIORS or (self.prior == "sphere" and self.prior_weight):
             raise ValueError(
-                f"prior of noise optimisation: expected one of {list(get_args(Prior))}, prior_weight with 'gaussian' "
+                f"prior of noise optimisation: expected one of {list(PRIORS)}, prior_weight with 'gaussian' "
                 f"only, got {self.prior!r} and {self.prior_weight!r}"
             )
 
@@ -142,7 +142,7 @@ def drawn_noise(
 
 
 @torch.no_grad()
-def moved(x0: Tensor, gradient: Tensor, free: Tensor, size: float, prior: Prior) -> Tensor:
+def moved(x0: Tensor, gradient: Tensor, free: Tensor, size: float, prior: str) -> Tensor:
     """x_0 [T, M] after one step of `size` along the gradient, in the frames `free` [T] only; see the top.
 
     A gradient that is not finite, or zero, moves nothing.

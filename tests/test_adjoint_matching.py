@@ -20,9 +20,9 @@ from torch import Tensor
 from rlhf_mel.algorithms.adjoint_matching import (
     AdjointMatching,
     Collected,
-    Targets,
     adjoint_matching_loss,
     control_scales,
+    shortened,
 )
 from rlhf_mel.algorithms.base import Pipeline, Sampling, load_algorithm
 from rlhf_mel.policy import ReferencePolicy
@@ -34,7 +34,8 @@ NAN = float("nan")
 
 
 def matching(**options: Any) -> AdjointMatching:
-    return AdjointMatching(AdjointMatching.Config(**options), beta=BETA)
+    """Without the limit, which theory knows nothing of."""
+    return AdjointMatching(AdjointMatching.Config(**{"max_push": None, **options}), beta=BETA)
 
 
 def collect(policy: GaussianPolicy, reward: MelReward, batch: int = 4, **options: Any) -> tuple[Pipeline, Collected]:
@@ -191,10 +192,30 @@ def test_the_loss_on_three_numbers_by_hand() -> None:
     """Frame 0 does not count. Step 1: (1 - 0.5 - 1)^2, (2 - 1)^2; step 2: (3 - 2 - 1)^2, (1 - 3)^2."""
     column = [[9.0, 1.0, 2.0], [9.0, 3.0, 1.0]], [[0.0, 0.5, 1.0], [0.0, 2.0, 3.0]], [[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]
     v, base, push = (torch.tensor(values).reshape(2, 1, 3, 1) for values in column)
-    targets = Targets(trajectory=None, steps=[0, 1], base=base, push=push, weights=torch.tensor([2.0, 0.5]))  # type: ignore[arg-type]
-    counted = torch.tensor([[False, True, True]])
+    weights, counted = torch.tensor([2.0, 0.5]), torch.tensor([[False, True, True]])
     # 2 (0.25 + 1) / 2 + 0.5 (0 + 4) / 2
-    assert adjoint_matching_loss(v, targets, counted).tolist() == pytest.approx([2.25])
+    assert adjoint_matching_loss(v - base, push, weights, counted).tolist() == pytest.approx([2.25])
+
+
+def test_a_push_beyond_the_limit_is_shortened_by_hand() -> None:
+    """Frame 0 does not count. Steps of root mean square 5 (of 5 and 5) and 0.5, limit 2; counted for each item."""
+    push = torch.tensor([[9.0, 5.0, -5.0], [9.0, 0.5, 0.5]]).reshape(2, 1, 3, 1)
+    counted = torch.tensor([[False, True, True]])
+    got, longer = shortened(push, counted, 2.0)
+    assert got[:, 0, 1:, 0].tolist() == [[2.0, -2.0], [0.5, 0.5]]
+    assert longer.tolist() == [[True], [False]]
+    assert torch.equal(shortened(push, counted, None)[0], push)
+
+    parts, _ = collect(GaussianPolicy(5), MelReward(SCALE))
+    algorithm = matching(max_push=0.4)
+    collected = algorithm.collect(parts, prompts(2), torch.Generator().manual_seed(0))
+    (targets,) = collected.targets
+    # (1 - t) d^2 / s_t^2 * 1.5 / 0.8 is 0.371, 0.467, 0.551, 0.421 at t = 0.2 ... 0.8; before: (0.8^2 / 0.2) g(0.2)
+    assert targets.push[..., REFERENCE:, :].amax((1, 2, 3)).tolist() == pytest.approx(
+        [0.297, 0.371, 0.4, 0.4, 0.4], abs=1e-3
+    )
+    metrics = algorithm.loss(parts, collected, torch.Generator())[1]
+    assert metrics["shortened_push"].tolist() == pytest.approx([0.6, 0.6])
 
 
 def test_a_subset_of_the_steps_has_the_loss_of_all_on_average() -> None:
@@ -249,14 +270,10 @@ def test_a_row_without_score_gradient_or_adjoint_is_dropped_and_counted(what: st
     assert parts.policy.shift.grad.isfinite().all()  # type: ignore[attr-defined]
 
     _, whole = collect(GaussianPolicy(5), MelReward(2.0, target=0.0), batch=3)
-    kept = replace_rows(whole.targets[0], [1, 2])
+    push = whole.targets[0].push[:, [1, 2]]
     counted = torch.tensor([[False] * REFERENCE + [True] * 3] * 2)
-    want = adjoint_matching_loss(kept.base + 0.3, kept, counted).mean()
+    want = adjoint_matching_loss(torch.full_like(push, 0.3), push, whole.targets[0].weights, counted).mean()
     assert loss.item() == pytest.approx(want.item(), rel=1e-4)
-
-
-def replace_rows(targets: Targets, rows: list[int]) -> Targets:
-    return dataclasses.replace(targets, base=targets.base[:, rows], push=targets.push[:, rows])
 
 
 # Training to known optima.
@@ -365,6 +382,8 @@ def test_what_cannot_be_is_refused() -> None:
             matching(**options).check(parts)
     with pytest.raises(ValueError, match="expected one of \\['memoryless', 'ode'\\], got 'sde'"):
         matching(dynamics="sde")
+    with pytest.raises(ValueError, match="max_push of adjoint_matching: expected above 0, or null for no limit, got 0"):
+        matching(max_push=0)
     with pytest.raises(ValueError, match="num_train_steps of adjoint_matching: expected a whole number"):
         matching(num_train_steps=0)
     matching(last_steps=2, num_train_steps=1).check(parts)

@@ -35,7 +35,8 @@ SDE rollouts (trajectories.py); the noise they begin with is as a part of the pr
 flow with a known score: p_ref is then what the guided SDE generates, and g grows. The theory is of no guidance.
 
 Reference: Domingo-Enrich et al. 2025, Adjoint Matching, arXiv 2409.08861, Algorithm 1 (their adjoint is -g, their
-reward multiplier 1 / beta, their sigma^2 = 2 (1 - t + h) / (t + h)). Their clipping of large losses is left out.
+reward multiplier 1 / beta, their sigma^2 = 2 (1 - t + h) / (t + h)). On a trained network g can grow exponentially on
+its way back; they clip the loss for that, here `max_push` shortens c g where it is beyond all reason.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ from rlhf_mel.solvers import SDE, counted_mean, differentiated
 from rlhf_mel.trajectories import Trajectory
 from rlhf_mel.types import Prompts, Rollout, Scores
 
-Dynamics = Literal["memoryless", "ode"]
+DYNAMICS = ("memoryless", "ode")
 
 Finalize = Callable[[Tensor, Any], Tensor]
 """(x_1 [b, T, M], cond) -> mel [b, T, M]."""
@@ -70,9 +71,11 @@ class Targets:
     base: Tensor
     """Float [n, b, T, M]: v_ref at the states of those steps."""
     push: Tensor
-    """Float [n, b, T, M]: c g."""
+    """Float [n, b, T, M]: c g, shortened where it is too long."""
     weights: Tensor
     """Float [n]: of |v - v_ref - c g|^2."""
+    shortened: Tensor
+    """Float [b]: share of the n steps whose push was."""
 
 
 class Collected(NamedTuple):
@@ -84,7 +87,7 @@ class Collected(NamedTuple):
     metrics: Metrics
 
 
-def control_scales(t: Tensor, dynamics: Dynamics) -> tuple[Tensor, Tensor]:
+def control_scales(t: Tensor, dynamics: str) -> tuple[Tensor, Tensor]:
     """c [K] and the weights [K] of the loss, of the steps of the grid t [K + 1]."""
     dt = t.diff()
     if dynamics == "ode":
@@ -126,10 +129,21 @@ def reward_gradient(pipeline: Pipeline, spoken: Rollout, prompts: Prompts) -> tu
     return gradient, scores
 
 
-def adjoint_matching_loss(v: Tensor, targets: Targets, counted: Tensor) -> Tensor:
-    """Sum over the n steps [b] of weight * mean of |v - v_ref - c g|^2 over the frames `counted`; v [n, b, T, M]."""
-    squares = (v - targets.base - targets.push).square()
-    return sum(weight * counted_mean(square, counted) for weight, square in zip(targets.weights, squares, strict=True))
+def shortened(push: Tensor, counted: Tensor, most: float | None) -> tuple[Tensor, Tensor]:
+    """`push` [n, b, T, M] with a root mean square of at most `most` over the frames `counted` [b, T].
+
+    Beside it, bool [n, b]: which were longer.
+    """
+    if most is None:
+        return push, torch.zeros_like(push[..., 0, 0], dtype=torch.bool)
+    length = torch.stack([counted_mean(one.square(), counted) for one in push]).sqrt()
+    return push * (most / length).clamp(max=1.0)[..., None, None], length > most
+
+
+def adjoint_matching_loss(control: Tensor, push: Tensor, weights: Tensor, counted: Tensor) -> Tensor:
+    """Sum over n steps [b] of weight * mean of |v - v_ref - c g|^2 over the frames `counted`; control = v - v_ref."""
+    squares = zip(weights, (control - push).square(), strict=True)
+    return torch.stack([weight * counted_mean(square, counted) for weight, square in squares]).sum(0)
 
 
 class AdjointMatching(AlgorithmBase):
@@ -139,17 +153,19 @@ class AdjointMatching(AlgorithmBase):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        dynamics: Dynamics = "memoryless"
+        dynamics: str = "memoryless"
         """'memoryless': the paper's SDE, reaches the tilted distribution; 'ode': deterministic, see the top."""
         last_steps: int | None = None
         """Train and solve the adjoint for that many last steps only; null: all. 2605.06583: 3, with 'ode'."""
         num_train_steps: int | None = None
         """Of those, how many are regressed, drawn anew for each batch; null: all. soc-fine-tuning-sd: 4 of 50."""
+        max_push: float | None = 1.0
+        """Longest c g, as a root mean square over an item's elements (its velocity has about 3); null: no limit."""
 
         def __post_init__(self) -> None:
-            if self.dynamics not in get_args(Dynamics):
+            if self.dynamics not in DYNAMICS:
                 raise ValueError(
-                    f"dynamics of adjoint_matching: expected one of {list(get_args(Dynamics))}, got {self.dynamics!r}"
+                    f"dynamics of adjoint_matching: expected one of {list(DYNAMICS)}, got {self.dynamics!r}"
                 )
             for option in ("last_steps", "num_train_steps"):
                 value = getattr(self, option)
@@ -158,6 +174,9 @@ class AdjointMatching(AlgorithmBase):
                         f"{option} of adjoint_matching: expected a whole number of at least 1, or null for all, "
                         f"got {value!r}"
                     )
+            most = self.max_push
+            if most is not None and (not isinstance(most, int | float) or not most > 0):
+                raise ValueError(f"max_push of adjoint_matching: expected above 0, or null for no limit, got {most!r}")
 
     def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
         self.config = config or self.Config()
@@ -218,27 +237,31 @@ class AdjointMatching(AlgorithmBase):
         adjoints, base = lean_adjoint(reference, trajectory, cond, policy.finalize, end, first)
         c, weights = control_scales(trajectory.t.to(end.dtype), self.config.dynamics)
         at = [k + 1 if self.config.dynamics == "ode" else max(k, 1) for k in trained]
+        push = c[trained][:, None, None, None] * adjoints[[k - first for k in at]]
+        push, longer = shortened(push, cond.generated, self.config.max_push)
         share = len(trained) / (self.config.last_steps or len(c))
         return Targets(
             trajectory=trajectory,
             steps=trained,
             base=base[[k - first for k in trained]],
-            push=c[trained][:, None, None, None] * adjoints[[k - first for k in at]],
+            push=push,
             weights=weights[trained] / share,
+            shortened=longer.float().mean(0),
         )
 
     def loss(self, pipeline: Pipeline, collected: Collected, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         batch, kept = len(collected.dropped), ~collected.dropped
         loss: Any = 0.0
-        anchor = torch.zeros(batch, device=kept.device)
+        anchor, shortened_push = torch.zeros(2, batch, device=kept.device)
         for targets in collected.targets:
             rows = list(targets.trajectory.rows)
             v, counted = _velocities(pipeline.policy, targets)
-            own = adjoint_matching_loss(v, targets, counted)
+            control = v - targets.base
+            own = adjoint_matching_loss(control, targets.push, targets.weights, counted)
             loss = loss + own.where(kept[rows], 0.0).sum() / kept.sum().clamp(min=1)
-            apart = (v.detach() - targets.base).square().mean(0)
-            anchor[rows] = counted_mean(apart, counted)
-        return loss, {**collected.metrics, "anchor": anchor}
+            anchor[rows] = counted_mean(control.detach().square().mean(0), counted)
+            shortened_push[rows] = targets.shortened
+        return loss, {**collected.metrics, "anchor": anchor, "shortened_push": shortened_push}
 
 
 def _velocities(policy: Policy, targets: Targets) -> tuple[Tensor, Tensor]:
