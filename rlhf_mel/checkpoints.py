@@ -3,14 +3,14 @@
 A folder says what its weights are:
 
     policy.json          {"backbone": "DiT", "arch": {..}, "mel_spec": {..}, "tokenizer": "char", "vocab": "vocab.txt"}
-    policy.safetensors   weights under F5-TTS's names, `ema_model.transformer.*`
+    policy.safetensors   weights under F5-TTS's names, `transformer.*`
     vocab.txt            a token a line, id = line number
 
 An F5-TTS weight file does not say which flags it was trained with (v0 and v1 have the same keys and shapes); the name
 of its model does: `load_policy(path, model="F5TTS_v1_Base", vocab="vocab.txt")` (published.py). Files read are those
 of f5-tts's trainer (.pt with online weights and their EMA), its reduced ones (one of the two), and .safetensors, with
 or without the `ema_model.` prefix; tensors only, never pickled code. What `save_policy` writes loads in stock F5-TTS
-tools (`use_ema=True`); export.py writes for all their settings.
+tools, with `use_ema` True and False; its trainer goes on from files of export.py.
 """
 
 from __future__ import annotations
@@ -212,9 +212,8 @@ def save_policy(policy: CFM, directory: str | Path, *, dtype: torch.dtype = torc
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = {**describe(policy), "vocab": VOCAB}
-    state = {EMA_PREFIX + name: tensor for name, tensor in portable_state(policy, dtype).items()}
     write_vocab(policy, directory / VOCAB)
-    write_safetensors(state, directory / WEIGHTS, policy)
+    write_safetensors(portable_state(policy, dtype), directory / WEIGHTS, policy)
     write_whole(directory / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
     return directory
 

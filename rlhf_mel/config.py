@@ -58,20 +58,41 @@ class RLHFConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [  # noqa: RUF012, not annotated: a dataclass would make it a field
         *TrainingArguments._VALID_DICT_FIELDS,
         "algorithm_kwargs",
+        "prompt_columns",
     ]
 
     policy: str = field(
-        default="tiny", metadata=_help("Flow to fine-tune: 'tiny' (bundled) or a directory, see load_policy.")
+        default="tiny",
+        metadata=_help("Flow to fine-tune: 'tiny' (bundled), a published name ('F5TTS_v1_Base'), a folder or a file."),
+    )
+    policy_model: str | None = field(
+        default=None, metadata=_help("For a weight file of F5-TTS: the published model it is or was tuned from.")
+    )
+    policy_vocab: str | None = field(
+        default=None, metadata=_help("For a weight file of F5-TTS: its vocab.txt; default: the one beside it.")
     )
     vocoder: str = field(default="tiny", metadata=_help("Mel to waveform, frozen: 'tiny', 'griffin_lim', path."))
     recognizer: str = field(
         default="tiny", metadata=_help("Listens in the evaluation (error rate, voice): 'tiny', path or 'none'.")
     )
     train_prompts: str = field(
-        default="tiny", metadata=_help("'tiny' (bundled), a JSONL file, or a directory with train.jsonl.")
+        default="tiny",
+        metadata=_help("'tiny', a list (JSONL, CSV, .lst), a folder with train.jsonl, or 'hf://datasets/OWNER/NAME'."),
     )
     eval_prompts: str = field(
-        default="tiny", metadata=_help("'tiny' (bundled), a JSONL file, or a directory with heldout.jsonl.")
+        default="tiny",
+        metadata=_help("'tiny', a list, a folder with heldout.jsonl, or 'hf://datasets/OWNER/NAME'."),
+    )
+    dataset_train_split: str = field(default="train", metadata=_help("Split of hf:// prompts to train on."))
+    dataset_test_split: str = field(default="test", metadata=_help("Split of hf:// prompts to evaluate on."))
+    prompt_columns: dict[str, str] | str | None = field(
+        default=None, metadata=_help('Our names of columns to theirs, as JSON: \'{"text": "sentence"}\'.')
+    )
+    prepare_references: bool = field(
+        default=False, metadata=_help("Shorten, trim and raise reference clips as F5-TTS's inference does.")
+    )
+    duration_rule: str = field(
+        default="policy", metadata=_help("Where a prompt has no duration_s: 'policy', or 'f5', F5-TTS's inference.")
     )
     num_eval_prompts: int = field(
         default=8,

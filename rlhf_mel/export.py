@@ -7,7 +7,7 @@ F5-TTS's `load_checkpoint` and its trainer each read weights in their own way:
 | `export_f5(.. .pt)`   | both of the following, in two dictionaries   | True and False          | yes         |
 | `export_f5(.. "ema")` | `ema_model.transformer.*`, initted, step     | True                    | yes         |
 | `export_f5(.. "raw")` | `transformer.*`                              | True and False          | no          |
-| `save_policy`         | `ema_model.transformer.*`                    | True                    | no          |
+| `save_policy`         | the same as "raw", and policy.json beside it | True and False          | no          |
 
 The weights are those that were trained, not a moving average of them: after a few hundred updates F5-TTS's average
 (decay 0.9999) would still be the model before training.

@@ -40,7 +40,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from rlhf_mel.algorithms.base import Algorithm, Metrics, Pipeline, Sampling, load_algorithm, pool
 from rlhf_mel.checkpoints import load_policy, save_policy
 from rlhf_mel.config import RLHFConfig, save_config
-from rlhf_mel.data import GroupSampler, PromptDataset, load_prompts, mix_seed
+from rlhf_mel.data import GroupSampler, PromptDataset, PromptOptions, load_dataset_prompts, load_prompts, mix_seed
 from rlhf_mel.ema import MovingAverage, warmed_up
 from rlhf_mel.evaluate import EvaluationResult, evaluate, verdict
 from rlhf_mel.policy import ReferencePolicy, add_lora
@@ -52,6 +52,9 @@ from rlhf_mel.vocoders import Vocoder, load_vocoder
 
 SHOWN = ("reward", "dnsmos_ovrl", "cer", "voice_similarity")
 """What the console says of an evaluation; summary.json and report.html have all of it."""
+
+HUB_DATASETS = "hf://datasets/"
+"""How the Hugging Face libraries write where a data set is; before its id."""
 
 ALGORITHM_STATE = "algorithm.pt"
 """File of a checkpoint with the state of an algorithm that has one."""
@@ -114,9 +117,10 @@ class RLHFTrainer(Trainer):
         self.peft_config = peft_config
         algorithm = load_algorithm(args.algorithm, args.algorithm_options, beta=args.beta or 0.0)
         rewards = _as_rewards(args.reward_models if reward_models is None else reward_models, args.reward_weights)
-        policy = policy if isinstance(policy, nn.Module) else load_policy(policy or args.policy)
+        if not isinstance(policy, nn.Module):
+            policy = load_policy(policy or args.policy, model=args.policy_model, vocab=args.policy_vocab)
         vocoder = load_vocoder(vocoder or args.vocoder) if vocoder is None or isinstance(vocoder, str) else vocoder
-        self.prompts = _as_prompts(train_dataset, args.train_prompts, "train", policy)
+        self.prompts = _as_prompts(train_dataset, args, policy, held_out=False)
         self.heldout = _heldout(eval_dataset, args, policy)
         self.recognizer = _as_recognizer(args.recognizer if recognizer is None else recognizer, self.heldout)
         self.pipeline = _pipeline(policy, vocoder, rewards, args, peft_config)
@@ -495,11 +499,19 @@ def _as_rewards(models: RewardSpec | Sequence[RewardSpec], weights: Sequence[flo
     return Rewards(models if isinstance(models, list | tuple) else [models], weights)  # type: ignore[list-item]
 
 
-def _as_prompts(given: PromptDataset | str | Path | None, source: str, split: str, policy: Any) -> PromptDataset:
+def _as_prompts(
+    given: PromptDataset | str | Path | None, args: RLHFConfig, policy: Any, *, held_out: bool
+) -> PromptDataset:
     """The prompts, all of which the policy can read."""
-    prompts = source if given is None else given
+    prompts = (args.eval_prompts if held_out else args.train_prompts) if given is None else given
     if not isinstance(prompts, PromptDataset):
-        prompts = load_prompts(prompts, split=split, mel_spec=policy.mel_spec)
+        options = PromptOptions(prepare_references=args.prepare_references, duration_rule=args.duration_rule)
+        named: Any = dict(columns=args.prompt_columns or {}, mel_spec=policy.mel_spec, options=options)
+        if str(prompts).startswith(HUB_DATASETS):
+            split = args.dataset_test_split if held_out else args.dataset_train_split
+            prompts = load_dataset_prompts(str(prompts).removeprefix(HUB_DATASETS), split=split, **named)
+        else:
+            prompts = load_prompts(prompts, split="heldout" if held_out else "train", **named)
     if policy.tokenizer is not None:
         prompts.check_texts(policy.tokenizer)
     return prompts
@@ -508,7 +520,7 @@ def _as_prompts(given: PromptDataset | str | Path | None, source: str, split: st
 def _heldout(given: PromptDataset | str | Path | None, args: RLHFConfig, policy: Any) -> PromptDataset | None:
     if args.num_eval_prompts == 0:
         return None
-    return _as_prompts(given, args.eval_prompts, "heldout", policy).head(args.num_eval_prompts)
+    return _as_prompts(given, args, policy, held_out=True).head(args.num_eval_prompts)
 
 
 def _as_recognizer(given: Recognizer | str, heldout: PromptDataset | None) -> Recognizer | None:

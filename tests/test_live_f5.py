@@ -110,10 +110,11 @@ def test_f5_tts_loads_what_we_export(
     assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_f5_tts_loads_what_save_policy_writes(upstream: Any, inference: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_f5_tts_loads_what_save_policy_writes(upstream: Any, inference: Any, tmp_path: Path, use_ema: bool) -> None:
     policy = lora_policy("DiT")
     path = save_policy(policy, tmp_path) / "policy.safetensors"
-    stock = inference.load_checkpoint(upstream.cfm("DiT", {}), str(path), "cpu", use_ema=True)
+    stock = inference.load_checkpoint(upstream.cfm("DiT", {}), str(path), "cpu", use_ema=use_ema)
     assert torch.equal(stock.transformer.proj_out.weight, policy.transformer.proj_out.weight)
     vocab, size = importlib.import_module("f5_tts.model.utils").get_tokenizer(str(tmp_path / "vocab.txt"), "custom")
     assert vocab == policy.vocab_char_map and size == len(vocab)

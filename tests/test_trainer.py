@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import soundfile
 import torch
+from datasets import Audio as AudioFeature
+from datasets import Dataset
 from peft import LoraConfig
 from problems import tiny_cfm
 from safetensors.torch import load_file
@@ -444,3 +446,36 @@ def test_save_model_exports_the_policy(tmp_path: Path, dataset: PromptDataset) -
     run = trainer(tmp_path, dataset)
     run.save_model(str(tmp_path / "exported"))
     assert same_weights(load_policy(tmp_path / "exported"), run.policy)
+
+
+def test_policy_and_prompts_come_from_where_the_config_says(tmp_path: Path, monkeypatch: Any) -> None:
+    """A weight file of F5-TTS with the name of its model; a data set of `datasets`, its splits and its own columns."""
+    asked: list[Any] = []
+    monkeypatch.setattr("rlhf_mel.trainer.load_policy", lambda path, **how: asked.append((path, how)) or policy())
+    write_dataset(tmp_path)
+    for split, texts in (("train", TEXTS), ("validation", TEXTS[:2])):
+        clips = [{"path": None, "bytes": (tmp_path / "voice.wav").read_bytes()} for _ in texts]
+        columns = {"sentence": texts, "reference_audio": clips, "reference_text": ["abc"] * len(texts)}
+        Dataset.from_dict(columns).cast_column("reference_audio", AudioFeature(decode=False)).to_parquet(
+            tmp_path / f"set/data/{split}-00000-of-00001.parquet"
+        )
+    run = RLHFTrainer(
+        reward_models=Near(),
+        vocoder=Voice(),
+        args=RLHFConfig(
+            output_dir=str(tmp_path / "run"),
+            use_cpu=True,
+            policy="model_last.pt",
+            policy_model="F5TTS_v1_Base",
+            policy_vocab="vocab.txt",
+            train_prompts=f"hf://datasets/{tmp_path / 'set'}",
+            eval_prompts=f"hf://datasets/{tmp_path / 'set'}",
+            dataset_test_split="validation",
+            prompt_columns={"text": "sentence"},
+            recognizer="none",
+            num_eval_prompts=9,
+        ),
+    )
+    assert asked == [("model_last.pt", {"model": "F5TTS_v1_Base", "vocab": "vocab.txt"})]
+    assert [run.prompts[row]["text"] for row in range(len(run.prompts))] == list(TEXTS)
+    assert run.heldout is not None and len(run.heldout) == 2
