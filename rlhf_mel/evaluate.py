@@ -263,6 +263,10 @@ def reference_mels(prompts: Prompts, spec: MelSpec) -> tuple[Tensor, Tensor]:
     return torch.nn.utils.rnn.pad_sequence(mels, batch_first=True), lengths_frames
 
 
+def _finite_mean(values: np.ndarray) -> float:
+    return float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else math.nan
+
+
 @dataclass(frozen=True)
 class Guard:
     """How far a measure may move. `change` is after minus before: of the means, or of the worst prompt."""
@@ -293,7 +297,7 @@ GUARDS: Mapping[str, Guard] = {
     "f0_std_semitones": Guard(
         "mean down by no more than 20 %",
         lambda change: change >= -0.2 - SLACK,
-        lambda before, after: float(np.nanmean(after) / np.nanmean(before) - 1),
+        lambda before, after: _finite_mean(after) / _finite_mean(before) - 1,
     ),
 }
 """What an improvement must respect. The first is the judge: it has to agree."""

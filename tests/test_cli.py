@@ -78,7 +78,7 @@ def build_policy() -> Any:
 
 def test_a_policy_of_one_s_own(tmp_path: Path) -> None:
     out = tmp_path / "a.wav"
-    arguments = ["--duration_s", "0.2", "--out", str(out)]
+    arguments = ["--duration_s", "0.4", "--out", str(out)]
     assert sample(*ONE, *arguments, "--policy", "test_cli:build_policy", "--vocoder", "tiny") == 0
     own = out.read_bytes()
     assert sample(*ONE, *arguments) == 0
