@@ -6,6 +6,7 @@ import json
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,7 @@ from rlhf_mel.doctor import (
 )
 from rlhf_mel.policy import ReferencePolicy, add_lora
 from rlhf_mel.rewards import Rewards
+from rlhf_mel.trainer import check_first_batch
 from rlhf_mel.types import Audio, Prompts
 from rlhf_mel.vocoders import ASSETS
 
@@ -140,7 +142,6 @@ def test_a_healthy_run_passes_and_nothing_is_changed(algorithm: str, beta: float
     policy: Any = own.pipeline.policy
     policy.train()
     weights = {name: value.clone() for name, value in policy.state_dict().items()}
-    generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     findings = list(examine(own))
     assert [finding.name for finding in findings] == list(CHECKS)
     assert {finding.name for finding in findings if finding.status == "skipped"} == skipped
@@ -148,8 +149,17 @@ def test_a_healthy_run_passes_and_nothing_is_changed(algorithm: str, beta: float
     assert not wrong and findings[-1].status in ("pass", "warn")  # seconds of a busy machine
     assert all(torch.equal(value, weights[name]) for name, value in policy.state_dict().items())
     assert policy.training and all(weight.grad is None for weight in policy.parameters())
-    assert torch.equal(torch.get_rng_state(), generators[0]) and random.getstate() == generators[1]
-    assert (np.random.get_state()[1] == generators[2]).all()
+
+
+def test_global_generators_stay_even_if_a_reward_draws_from_them() -> None:
+    def drawing(score: Tensor, audio: Audio) -> Tensor:
+        return score + 0 * (torch.rand(1) + random.random() + np.random.rand())
+
+    own = case(reward=Near(drawing, differentiable=False))
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy(), np.random.get_state()[2]
+    list(examine(own))
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert (np.random.get_state()[1] == before[2]).all() and np.random.get_state()[2] == before[3]
 
 
 def test_lora_begins_with_half_of_its_weights_at_gradient_zero() -> None:
@@ -343,6 +353,37 @@ def test_peak_memory_is_what_was_held_at_once() -> None:
             time.sleep(0.03)
             del held
     assert 60 * MIB < memory.peak_bytes < 100 * MIB
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm", "metrics", "message"),
+    [
+        ("ratio", "ddpo", {"clip_ratio/region_mean": torch.tensor([0.0, 0.5])}, "2 fresh rollouts: expected ratio 1"),
+        ("flat", "awm", {"frac_reward_zero_std": torch.tensor(1.0)}, "rewards that differ within a group"),
+        ("dropped", "draft", {"dropped_rollouts": torch.tensor([True, True])}, "expected finite rewards, got none"),
+        ("fine", "draft", {"frac_reward_zero_std": torch.tensor(1.0)}, None),
+        ("half flat", "awm", {"frac_reward_zero_std": torch.tensor(0.5)}, None),
+    ],
+)
+def test_the_trainer_warns_of_a_first_batch_that_teaches_nothing(
+    name: str, algorithm: str, metrics: dict[str, Tensor], message: str | None
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_first_batch(load_algorithm(algorithm), {"reward": torch.zeros(2), **metrics})
+    assert [message in str(warning.message) for warning in caught] == ([True] if message else []), name
+    assert all("rlhf-mel doctor" in str(warning.message) for warning in caught)
+
+
+def test_the_trainer_reads_the_metrics_of_a_replay_that_differs() -> None:
+    broken = with_velocity(lambda v, x: v + 0.5 * torch.is_grad_enabled())
+    own = case(policy=broken)
+    with pytest.warns(UserWarning, match="expected ratio 1"):
+        check_first_batch(own.algorithm, Examination(own).update.metrics)
+    healthy = case()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_first_batch(healthy.algorithm, Examination(healthy).update.metrics)
 
 
 def test_a_line_is_aligned_and_says_what_to_change() -> None:
