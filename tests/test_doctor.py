@@ -151,6 +151,15 @@ def test_a_healthy_run_passes_and_nothing_is_changed(algorithm: str, beta: float
     assert policy.training and all(weight.grad is None for weight in policy.parameters())
 
 
+def test_half_precision_has_a_wider_tolerance_and_the_same_ratio() -> None:
+    own = replace(case(), precision=lambda: torch.autocast("cpu", torch.bfloat16))
+    findings = {finding.name: finding for finding in examine(own)}
+    assert findings["batch = single"].numbers["tolerance"] == 0.05
+    assert Examination(case()).tolerance == 0.001
+    assert findings["first ratio = 1"].numbers["ratio_error"] < 1e-5
+    assert not [line(finding) for finding in findings.values() if finding.status == "fail"]
+
+
 def test_global_generators_stay_even_if_a_reward_draws_from_them() -> None:
     def drawing(score: Tensor, audio: Audio) -> Tensor:
         return score + 0 * (torch.rand(1) + random.random() + np.random.rand())
