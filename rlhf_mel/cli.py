@@ -2,10 +2,11 @@
 
     rlhf-mel sample --text "Good morning." --reference me.wav --reference_text "What I say there." --out hello.wav
     rlhf-mel sample --prompts prompts.jsonl --out folder --policy F5TTS_v1_Base --steps 32 --seed 1 --device cuda
+    rlhf-mel doctor --config my.yaml --json checks.json
 
 `sample` speaks one text or a list of prompts (prompt_files.py) with any policy: bundled, published, a file, a folder, a
 hub id, or "package.module:function" that builds one (adapters/). Noise depends on seed and row alone, so the batch size
-changes nothing but the time.
+changes nothing but the time. `doctor` examines a run before it begins (doctor.py).
 """
 
 from __future__ import annotations
@@ -35,14 +36,17 @@ VOCODERS = {"vocos": "charactr/vocos-mel-24khz", "bigvgan": "nvidia/bigvgan_v2_2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0, or 2 for input that cannot be used."""
-    args = build_parser().parse_args(argv)
+    """Run the command line; 0, 1 if the doctor found a fault, or 2 for input that cannot be used."""
+    parser = build_parser()
+    args, of_the_run = parser.parse_known_args(argv)
+    if of_the_run and args.command != "doctor":
+        parser.error(f"unrecognized arguments: {' '.join(of_the_run)}")
+    args.of_the_run = of_the_run
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, OSError, ImportError) as error:
         print(f"rlhf-mel {args.command}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,7 +75,27 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     how.add_argument("--batch_size", type=int, default=8)
     sample.add_argument("--out", type=Path, required=True, help="a .wav for --text, a folder for --prompts")
+    doctor = commands.add_parser(
+        "doctor",
+        help="check policy, rewards and configuration before a run",
+        description="Check policy, rewards and configuration before a run; exit code 1 if a check fails.",
+        epilog="Everything else is of the run: --config FILE, and any field of RLHFConfig over it.",
+        allow_abbrev=False,
+    )
+    doctor.set_defaults(run=run_doctor)
+    doctor.add_argument("--json", type=Path, help="write what was measured to this file")
     return parser
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Examine the run that the remaining arguments describe; 1 if a check failed, else 0."""
+    from rlhf_mel.config import lora_config, parse_arguments  # trl is slow to import, `sample` needs none of it
+    from rlhf_mel.doctor import doctor
+
+    config, model_config = parse_arguments(args.of_the_run)
+    if config.device.type == "cpu":  # as recipes/drlx.py, so that the seconds are the run's
+        torch.set_num_threads(config.cpu_threads or min(os.cpu_count() or 1, 8))
+    return doctor(config, lora_config(model_config), args.json)
 
 
 def run_sample(args: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -185,11 +186,14 @@ class RLHFTrainer(Trainer):
         )
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        at_start = self._micro_batch[0] < 0
         step, index = self._next_micro_batch()
         # The same in a resumed run, different everywhere else.
         where = (self.args.seed, step, self.args.process_index, index)
         collected = self._collect(inputs["prompts"], step, index, mix_seed(*where, 1))
         outputs = model(collected=collected, noise_seed=mix_seed(*where))
+        if at_start:
+            check_first_batch(self._update_loss.algorithm, outputs["metrics"])
         self._pending.append(outputs["metrics"])
         return outputs["loss"]
 
@@ -422,6 +426,22 @@ class Console(ProgressCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.training_bar is not None:
             super().on_train_end(args, state, control, **kwargs)
+
+
+def check_first_batch(algorithm: Algorithm, metrics: Metrics) -> None:
+    """Warn of a run whose first batch, by what is logged of it anyway, teaches nothing; doctor.py measures why."""
+    batch = len(metrics["reward"]) if "reward" in metrics else 0
+    clipped, flat = metrics.get("clip_ratio/region_mean"), metrics.get("frac_reward_zero_std")
+    dropped = metrics.get("dropped_rollouts")
+    faults = []
+    if clipped is not None and bool((clipped > 0).any()):
+        faults.append("expected ratio 1, got some beyond the clip range: the replay is not the policy that rolled out")
+    if dropped is not None and dropped.numel() and bool(dropped.all()):
+        faults.append("expected finite rewards, got none")
+    elif flat is not None and float(flat) == 1 and not algorithm.reward_gradient:
+        faults.append("expected rewards that differ within a group, got equal ones")
+    for fault in faults:
+        warnings.warn(f"{batch} fresh rollouts: {fault}; run `rlhf-mel doctor` with these options", stacklevel=2)
 
 
 def write_samples(folder: Path, prompts: Prompts, before: EvaluationResult, after: EvaluationResult) -> None:

@@ -45,6 +45,7 @@ LAYERS = (
     "evaluate",
     "report",
     "trainer",
+    "doctor",
     "adapters",
     "cli",
 )
