@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     use_cpu_threads(args)
     trainer = RLHFTrainer(args=args, peft_config=lora_config(model_config))
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if args.push_to_hub:
+        trainer.push_to_hub()
 
 
 if __name__ == "__main__":

@@ -244,6 +244,8 @@ def push_to_hub(
     run: str | Path | None = None,
     license: str | None = None,
     private: bool = True,
+    token: str | None = None,
+    commit_message: str = "Upload policy",
 ) -> str:
     """Upload the policy and its card to the Hugging Face hub; `load_policy(repo_id)` reads them. Returns the address.
 
@@ -252,6 +254,6 @@ def push_to_hub(
     from huggingface_hub import HfApi
 
     folder = write_upload(policy, folder, base=base, repo_id=repo_id, run=run, license=license)
-    api = HfApi()
+    api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload policy"))
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))

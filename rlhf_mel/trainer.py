@@ -44,6 +44,7 @@ from rlhf_mel.config import RLHFConfig, save_config
 from rlhf_mel.data import GroupSampler, PromptDataset, PromptOptions, load_dataset_prompts, load_prompts, mix_seed
 from rlhf_mel.ema import MovingAverage, warmed_up
 from rlhf_mel.evaluate import EvaluationResult, evaluate, verdict
+from rlhf_mel.export import push_to_hub, save_lora
 from rlhf_mel.policy import ReferencePolicy, add_lora
 from rlhf_mel.recognizer import Recognizer, load_recognizer
 from rlhf_mel.report import write_report
@@ -173,6 +174,8 @@ class RLHFTrainer(Trainer):
         after_ema = self._listen_averaged("after")
         if self.args.should_save:
             save_policy(self.policy, folder / "policy")
+            if self.peft_config is not None:
+                save_lora(self.policy, folder / "adapter", base=self.args.policy)
             self._write_results(folder, before, after, after_ema, seconds=time.monotonic() - started)
         self.accelerator.wait_for_everyone()
         return output
@@ -331,6 +334,30 @@ class RLHFTrainer(Trainer):
         algorithm = self._update_loss.algorithm
         owners = [(ALGORITHM_STATE, algorithm)] if hasattr(algorithm, "state_dict") else []
         return owners if self.average is None else [*owners, (EMA_STATE, self.average)]
+
+    def push_to_hub(self, commit_message: str | None = "Upload policy", **kwargs: Any) -> str:  # type: ignore[override]
+        """Upload the policy with a card of what the run measured (export.push_to_hub), after `train`."""
+        if kwargs:
+            raise ValueError(f"push_to_hub of RLHFTrainer: expected commit_message alone, got {sorted(kwargs)} as well")
+        if not self.args.should_save:
+            return ""
+        folder = Path(self.args.output_dir)
+        return push_to_hub(
+            self.policy,
+            self.args.hub_model_id or folder.resolve().name,
+            base=self.args.policy,
+            folder=folder / "policy",
+            run=folder,
+            private=self.args.hub_private_repo is not False,
+            token=self.args.hub_token,
+            commit_message=commit_message or "Upload policy",
+        )
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing yet: `push_to_hub` makes the repository."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: a checkpoint in the middle is no policy that was judged."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Export the policy alone (checkpoints of the Trainer hold the same weights under `policy.`)."""

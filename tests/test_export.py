@@ -160,6 +160,9 @@ def test_push_uploads_the_folder_that_load_policy_reads(
     calls: list[tuple[str, dict[str, Any]]] = []
 
     class Api:
+        def __init__(self, token: str | None) -> None:
+            assert token is None
+
         def create_repo(self, repo_id: str, **options: Any) -> None:
             calls.append(("create", {"repo_id": repo_id, **options}))
 

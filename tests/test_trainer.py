@@ -26,6 +26,7 @@ from rlhf_mel.cfm import CFM
 from rlhf_mel.checkpoints import load_policy
 from rlhf_mel.config import RLHFConfig, parse_arguments, resolved
 from rlhf_mel.data import PromptDataset, mix_seed
+from rlhf_mel.export import load_lora
 from rlhf_mel.policy import rollout
 from rlhf_mel.text import CharTokenizer
 from rlhf_mel.trainer import RLHFTrainer
@@ -321,6 +322,38 @@ def test_lora_trains_adapters_and_exports_plain_weights(tmp_path: Path, dataset:
     ]
     torch.testing.assert_close(mels[0], mels[1], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(mels[1], mels[2], atol=1e-3)
+    adapted = load_lora(policy(), tmp_path / "adapter")
+    adapted_mel = rollout(adapted, prompts, steps=2, grad_steps=0, generator=torch.Generator().manual_seed(0)).mel
+    torch.testing.assert_close(mels[0], adapted_mel, rtol=1e-4, atol=1e-5)
+
+
+def test_push_to_hub_uploads_the_judged_policy_and_its_card(
+    tmp_path: Path, dataset: PromptDataset, monkeypatch: Any
+) -> None:
+    calls: list[Any] = []
+
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            calls.append(token)
+
+        def create_repo(self, repo_id: str, **options: Any) -> None:
+            calls.append((repo_id, options["private"]))
+
+        def upload_folder(self, **options: Any) -> str:
+            calls.append((options["folder_path"], options["commit_message"]))
+            return "address"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    hub: dict[str, Any] = dict(push_to_hub=True, hub_model_id="me/mine", hub_token="secret", save_steps=1)
+    run = trainer(tmp_path, dataset, **hub)
+    run.train()
+    assert "secret" not in (tmp_path / "config.yaml").read_text()
+    assert calls == []  # neither a repository nor a checkpoint before the end
+    assert run.push_to_hub() == "address"
+    assert calls == ["secret", ("me/mine", True), (tmp_path / "policy", "Upload policy")]
+    assert "draft" in (tmp_path / "policy/README.md").read_text()
+    with pytest.raises(ValueError, match=r"expected commit_message alone, got \['blocking'\]"):
+        run.push_to_hub(blocking=False)
 
 
 def test_a_run_leaves_its_folder(tmp_path: Path, dataset: PromptDataset) -> None:
