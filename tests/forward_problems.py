@@ -18,8 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from problems import LinearGaussianFlow
-from test_flow_grpo import MelReward, Silent
+from problems import LinearGaussianFlow, MelReward, Silent
 from torch import Tensor, nn
 
 from rlhf_mel.algorithms.base import Algorithm, Pipeline, Sampling, load_algorithm

@@ -10,6 +10,7 @@ and its solution is x_t = t mean + s_t x_0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from rlhf_mel.models.dit import DiT
 from rlhf_mel.models.mmdit import MMDiT
 from rlhf_mel.models.unett import UNetT
 from rlhf_mel.text import load_tokenizer
-from rlhf_mel.types import Prompts
+from rlhf_mel.types import Audio, Prompts
 
 
 @dataclass(frozen=True)
@@ -347,3 +348,32 @@ def call_sample(cfm: nn.Module, inputs: Mapping[str, Tensor], **call: Any) -> tu
         for row, (start, end) in enumerate(cuts):
             call["edit_mask"][row, start:end] = False
     return cfm.sample(cond, call.pop("text", inputs["ids"][:rows]), call.pop("duration"), **call)
+
+
+class Silent:
+    """A vocoder whose rewards listen to the mel."""
+
+    differentiable = False
+    sample_rate_hz = 24_000
+    mel_spec = tiny_policy().mel_spec
+
+    def __call__(self, mel: Tensor, lengths_frames: Tensor | None = None) -> Tensor:
+        return mel.new_zeros(len(mel), mel.shape[1] * self.mel_spec.hop_length)
+
+
+@dataclass
+class MelReward:
+    """scale * sum of the mel, or -scale * sum of (mel - target)^2; no gradient."""
+
+    scale: float = 1.0
+    target: float | None = None
+    name: str = "mel"
+    differentiable: bool = False
+    domain: str = "mel"
+    sample_rate_hz: int | None = None
+    needs: frozenset[str] = frozenset()
+    range: tuple[float, float] = (-math.inf, math.inf)
+
+    def score(self, audio: Audio, prompts: Prompts) -> Tensor:
+        mel = audio.mel if self.target is None else -(audio.mel - self.target).square()
+        return self.scale * mel.sum((1, 2))

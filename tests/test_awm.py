@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from forward_problems import TOLERANCE, Movable, draw, pipeline, prompts, tilted_shift, time_mean, trained
-from test_flow_grpo import MelReward
+from problems import MelReward
 from torch import Tensor
 
 from rlhf_mel.algorithms.awm import AWM, matching_log_prob

@@ -18,7 +18,7 @@ from forward_problems import (
     trained,
     variance,
 )
-from test_flow_grpo import MelReward
+from problems import MelReward
 
 from rlhf_mel.algorithms.base import load_algorithm
 from rlhf_mel.algorithms.diffusion_nft import nft_loss, squared_error

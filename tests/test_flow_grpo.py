@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from problems import LinearGaussianFlow, tiny_policy, tiny_prompts
+from problems import LinearGaussianFlow, MelReward, Silent, tiny_policy, tiny_prompts
 from torch import Tensor, nn
 
 from rlhf_mel.advantages import score_advantages
@@ -27,7 +27,7 @@ from rlhf_mel.policy_gradient import Clip, clipped_shares, clipped_surrogate, gu
 from rlhf_mel.rewards import Rewards
 from rlhf_mel.solvers import SDE, Transition, timesteps, transition_kl
 from rlhf_mel.trajectories import replay
-from rlhf_mel.types import Audio, Prompts, Scores
+from rlhf_mel.types import Prompts, Scores
 
 NAN = float("nan")
 STEPS, REFERENCE, GENERATED, MELS = 6, 2, 3, 2
@@ -65,35 +65,6 @@ class Shifted(nn.Module):
 
     def finalize(self, x1: Tensor, cond: Any) -> Tensor:
         return x1
-
-
-class Silent:
-    """A vocoder whose rewards listen to the mel."""
-
-    differentiable = False
-    sample_rate_hz = 24_000
-    mel_spec = tiny_policy().mel_spec
-
-    def __call__(self, mel: Tensor, lengths_frames: Tensor | None = None) -> Tensor:
-        return mel.new_zeros(len(mel), mel.shape[1] * self.mel_spec.hop_length)
-
-
-@dataclass
-class MelReward:
-    """scale * sum of the mel, or -scale * sum of (mel - target)^2; no gradient."""
-
-    scale: float = 1.0
-    target: float | None = None
-    name: str = "mel"
-    differentiable: bool = False
-    domain: str = "mel"
-    sample_rate_hz: int | None = None
-    needs: frozenset[str] = frozenset()
-    range: tuple[float, float] = (-math.inf, math.inf)
-
-    def score(self, audio: Audio, prompts: Prompts) -> Tensor:
-        mel = audio.mel if self.target is None else -(audio.mel - self.target).square()
-        return self.scale * mel.sum((1, 2))
 
 
 def prompts(batch: int, group: int = 8) -> Prompts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from forward_problems import ELEMENTS, GROUP, TOLERANCE, Movable, pipeline, prompts, trained, variance
-from test_flow_grpo import MelReward
+from problems import MelReward
 
 from rlhf_mel.algorithms.base import load_algorithm
 from rlhf_mel.algorithms.orw_cfm import effective_share, reward_weights

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from forward_problems import ELEMENTS, TOLERANCE, Movable, draw, pipeline, prompts, tilted_shift, trained, variance
-from test_flow_grpo import MelReward
+from problems import MelReward
 
 from rlhf_mel.algorithms.base import load_algorithm
 from rlhf_mel.algorithms.ram import RAM, ram_target

@@ -15,14 +15,12 @@ import torch
 from datasets import Audio as AudioFeature
 from datasets import Dataset
 from peft import LoraConfig
-from problems import tiny_cfm
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 
 from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline
 from rlhf_mel.audio import MelSpec
-from rlhf_mel.cfm import CFM
 from rlhf_mel.checkpoints import load_policy
 from rlhf_mel.config import RLHFConfig, parse_arguments, resolved
 from rlhf_mel.data import PromptDataset, mix_seed
@@ -30,103 +28,13 @@ from rlhf_mel.export import load_lora
 from rlhf_mel.policy import rollout
 from rlhf_mel.text import CharTokenizer
 from rlhf_mel.trainer import RLHFTrainer
-from rlhf_mel.types import Audio, Prompts
-
-TEXTS = ("abc", "a bad", "fed", "had a cab", "jog")
-SPEC: MelSpec = tiny_cfm().mel_spec
-
-
-class Voice(nn.Module):
-    """A vocoder with a weight: waveform = tanh(gain * mean of the mel channels), each frame held for one hop."""
-
-    differentiable = True
-    sample_rate_hz = SPEC.sample_rate_hz
-    mel_spec = SPEC
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, mel: Tensor, lengths_frames: Tensor | None = None) -> Tensor:
-        return (self.gain * mel.mean(-1)).tanh().repeat_interleave(SPEC.hop_length, dim=1)
-
-
-class Near(nn.Module):
-    """A reward with a weight: -mean (w - target)^2 over an item's samples."""
-
-    name = "near"
-    differentiable = True
-    domain = "waveform"
-    sample_rate_hz = None
-    needs: frozenset[str] = frozenset()
-    range = (-float("inf"), 0.0)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.target = nn.Parameter(torch.tensor(0.1))
-
-    def score(self, audio: Audio, prompts: Prompts) -> Tensor:
-        rows = zip(audio.waveform, audio.lengths_samples.tolist(), strict=True)
-        return torch.stack([-(row[:length] - self.target).square().mean() for row, length in rows])
+from rlhf_mel.types import Prompts
+from runs import TEXTS, Near, Voice, metrics, policy, quietness, same_weights, trainer, write_dataset
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> PromptDataset:
     return write_dataset(tmp_path)
-
-
-def write_dataset(folder: Path) -> PromptDataset:
-    folder.mkdir(exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    soundfile.write(folder / "voice.wav", (0.1 * torch.randn(2000, generator=generator)).numpy(), 24_000)
-    rows = [
-        {"id": f"p{n}", "text": text, "voice": "v", "reference_audio": "voice.wav", "reference_text": "abc"}
-        for n, text in enumerate(TEXTS)
-    ]
-    return PromptDataset(rows, root=folder, mel_spec=SPEC)
-
-
-def policy() -> CFM:
-    return tiny_cfm(tokenizer=CharTokenizer())
-
-
-def trainer(
-    folder: Path, dataset: PromptDataset, callbacks: Any = None, peft: Any = None, reward: Any = None, **options: Any
-) -> RLHFTrainer:
-    defaults: dict[str, Any] = dict(
-        output_dir=str(folder),
-        use_cpu=True,
-        max_steps=2,
-        learning_rate=1e-3,
-        per_device_train_batch_size=2,
-        num_eval_prompts=0,
-        recognizer="none",
-        sampling_steps=3,
-        beta=0.5,
-        disable_tqdm=True,
-        reward_models=["mos"],
-    )
-    return RLHFTrainer(
-        policy(),
-        reward_models=reward or Near(),
-        args=RLHFConfig(**{**defaults, **options}),
-        vocoder=Voice(),
-        train_dataset=dataset,
-        eval_dataset=dataset,
-        peft_config=peft,
-        callbacks=callbacks,
-    )
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without the one number that is a measurement of the machine."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "step_time"} for line in lines]
-
-
-def same_weights(one: nn.Module, other: nn.Module) -> bool:
-    states = one.state_dict(), other.state_dict()
-    return states[0].keys() == states[1].keys() and all(torch.equal(states[0][n], states[1][n]) for n in states[0])
 
 
 def test_one_seed_is_one_run(tmp_path: Path, dataset: PromptDataset) -> None:
@@ -218,11 +126,6 @@ def test_num_iterations_updates_learn_from_the_same_rollouts(tmp_path: Path, dat
     resumed = trainer(tmp_path, dataset, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.model.algorithm.seen == seen[6:]
-
-
-def quietness(completions: list[Any], **columns: Any) -> list[float]:
-    """A black box: no more than floats comes back."""
-    return [-float((waveform**2).mean()) for waveform in completions]
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
