@@ -14,6 +14,7 @@ import torch
 from gaussian import FLOW, REFERENCE, GaussianPolicy, MelReward, pipeline, prompts
 from peft import LoraConfig
 from problems import LinearGaussianFlow, tiny_policy, tiny_prompts
+from small_runs import metrics, same_weights, trainer, write_dataset
 from torch import Tensor
 
 from rlhf_mel.algorithms.adjoint_matching import (
@@ -27,7 +28,6 @@ from rlhf_mel.algorithms.base import Pipeline, Sampling, load_algorithm
 from rlhf_mel.policy import ReferencePolicy
 from rlhf_mel.solvers import SDE, timesteps
 from rlhf_mel.trajectories import Trajectory
-from runs import metrics, same_weights, trainer, write_dataset
 
 BETA, SCALE = 0.8, 1.5
 NAN = float("nan")

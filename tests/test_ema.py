@@ -10,13 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig
 from problems import tiny_policy, tiny_prompts
+from small_runs import metrics, same_weights, trainer, write_dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from rlhf_mel.checkpoints import load_policy
 from rlhf_mel.ema import LaggedPolicy, MovingAverage, check_lag, warmed_up
 from rlhf_mel.policy import add_lora
-from runs import metrics, same_weights, trainer, write_dataset
 
 
 class Scalar(nn.Module):

@@ -22,6 +22,7 @@ from forward_problems import (
 )
 from peft import LoraConfig
 from problems import MelReward, Silent, tiny_policy, tiny_prompts
+from small_runs import metrics, quietness, same_weights, trainer, write_dataset
 from torch import Tensor
 
 from rlhf_mel.algorithms.base import Pipeline, Sampling, collect_samples, load_algorithm
@@ -30,7 +31,6 @@ from rlhf_mel.config import RLHFConfig
 from rlhf_mel.forward_process import Draw, Options, draw_times, kept_mean, regress
 from rlhf_mel.policy import ReferencePolicy, item_generators, rollout
 from rlhf_mel.rewards import Rewards
-from runs import metrics, quietness, same_weights, trainer, write_dataset
 
 NAMES = ("orw_cfm", "diffusion_nft", "awm", "ram")
 NAN = float("nan")

@@ -16,6 +16,7 @@ from datasets import Audio as AudioFeature
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
+from small_runs import TEXTS, Near, Voice, metrics, policy, quietness, same_weights, trainer, write_dataset
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -29,7 +30,6 @@ from rlhf_mel.policy import rollout
 from rlhf_mel.text import CharTokenizer
 from rlhf_mel.trainer import RLHFTrainer
 from rlhf_mel.types import Prompts
-from runs import TEXTS, Near, Voice, metrics, policy, quietness, same_weights, trainer, write_dataset
 
 
 @pytest.fixture
