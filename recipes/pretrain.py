@@ -14,7 +14,7 @@ pair fills the batch's fixed length to within 3 frames of closing silence (no pa
 
 Leaves out: several GPUs, several languages, a duration model (F5-TTS's length rule is used).
 Hardware: one H100, 5.3 minutes: 13,900 updates, 44.6 a second (rlhf_mel/assets/README.md). A CPU runs it, slowly.
-Number to expect: recipes/listen.py on the result, word error rates of 0.03 to 0.07.
+Number to expect: recipes/listen.py on the result, word error rates of 0.04 to 0.09.
     python recipes/align.py --data data/corpus --out rlhf_mel/assets
     python recipes/pretrain.py --data data/corpus --out runs/pretrain --minutes 5.3
 A run may be cut in parts: `--until 3` stops at minute 3, `--resume` goes on from runs/pretrain/state.pt.

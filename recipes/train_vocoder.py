@@ -12,7 +12,7 @@ Leaves out: other sample rates, music, unseen speakers (three synthetic voices a
 Hardware: one H100, 30.8 adversarial updates a second. A CPU runs it, for a smoke test only.
 Number to expect: printed at the end for held-out clips, and kept in vocoder.json: DistillMOS of the recording and of
 recording -> mel -> vocoder for each voice (aim: at most 0.4 apart), and the mel distance between the two. 0.5 to 1.0
-apart after 5,855 adversarial updates, 0.3 to 0.6 after 17,570, 0.3 after 38,603.
+apart after 5,855 adversarial updates, 0.35 to 0.6 after 17,570, 0.2 to 0.3 after 38,603.
     PYTHONPATH=. python recipes/train_vocoder.py --data data/corpus --out rlhf_mel/assets --minutes 25
 
 `--resume FOLDER` starts from the vocoder in FOLDER (and its discriminators.pt, if it is there); optimizers are fresh.

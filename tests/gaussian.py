@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import problems
 import torch
-from problems import LinearGaussianFlow, tiny_policy
+from problems import LinearGaussianFlow
 from torch import Tensor, nn
 
 from rlhf_mel.algorithms.base import Pipeline, Sampling
@@ -87,15 +88,10 @@ class GaussianPolicy(nn.Module):
         return mean, deviation
 
 
-class Silent:
-    """A vocoder whose rewards listen to the mel."""
+class Silent(problems.Silent):
+    """As there, but an algorithm may follow its gradient."""
 
     differentiable = True
-    sample_rate_hz = 24_000
-    mel_spec = tiny_policy().mel_spec
-
-    def __call__(self, mel: Tensor, lengths_frames: Tensor | None = None) -> Tensor:
-        return mel.new_zeros(len(mel), mel.shape[1] * self.mel_spec.hop_length)
 
 
 @dataclass

@@ -18,15 +18,13 @@ divides A by its clip, 5: its beta 0.003 (GenEval, OCR) and ema_beta 1 are 0.015
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline, collect_samples
+from rlhf_mel.algorithms.base import LaggedAlgorithm, Metrics, Pipeline, collect_samples
 from rlhf_mel.ema import LaggedPolicy, MovingAverage, check_lag
 from rlhf_mel.forward_process import (
     Draw,
@@ -68,7 +66,7 @@ class Collected:
     """[n, B], from the first of those updates on, when the policy is still the one that spoke."""
 
 
-class AWM(AlgorithmBase):
+class AWM(LaggedAlgorithm):
     name = "awm"
     needs_groups = True
     default_beta = 0.015
@@ -139,15 +137,6 @@ class AWM(AlgorithmBase):
         if "ema" in draw.others:
             values["ema_deviation"] = draw.mse(draw.velocity, draw.others["ema"])
         return values | clipped_shares(ratio.detach()[None], draw.advantages, clip)
-
-    def on_update(self, pipeline: Pipeline) -> None:
-        self._lagged.on_update()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._lagged.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._lagged.load_state_dict(state)
 
 
 algorithm = AWM

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 import rlhf_mel.algorithms
 from rlhf_mel.advantages import score_advantages
 from rlhf_mel.audio import lengths_to_mask
+from rlhf_mel.ema import LaggedPolicy
 from rlhf_mel.forward_process import Options, Samples
 from rlhf_mel.policy import Policy, ReferencePolicy, rollout
 from rlhf_mel.rewards import Rewards
@@ -95,6 +96,21 @@ class AlgorithmBase:
 
     def on_update(self, pipeline: Pipeline) -> None:
         return None
+
+
+class LaggedAlgorithm(AlgorithmBase):
+    """An algorithm with an average of past policies, which moves after updates and is kept in checkpoints."""
+
+    _lagged: LaggedPolicy
+
+    def on_update(self, pipeline: Pipeline) -> None:
+        self._lagged.on_update()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._lagged.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._lagged.load_state_dict(state)
 
 
 @dataclass(frozen=True, kw_only=True)

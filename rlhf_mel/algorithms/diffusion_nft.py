@@ -19,14 +19,12 @@ adaptive weights as in its repository, NVlabs/DiffusionNFT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline, collect_samples
+from rlhf_mel.algorithms.base import LaggedAlgorithm, Metrics, Pipeline, collect_samples
 from rlhf_mel.ema import LaggedPolicy, MovingAverage, check_lag
 from rlhf_mel.forward_process import (
     Draw,
@@ -70,7 +68,7 @@ class Collected:
     old: MovingAverage
 
 
-class DiffusionNFT(AlgorithmBase):
+class DiffusionNFT(LaggedAlgorithm):
     name = "diffusion_nft"
     needs_groups = True
     default_beta = 1e-4
@@ -122,15 +120,6 @@ class DiffusionNFT(AlgorithmBase):
             adaptive=config.adaptive_weighting,
         )
         return {"nft_loss": loss, "old_deviation": draw.mse(draw.velocity, draw.others["old"]), **anchors(draw)}
-
-    def on_update(self, pipeline: Pipeline) -> None:
-        self._lagged.on_update()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._lagged.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._lagged.load_state_dict(state)
 
 
 algorithm = DiffusionNFT

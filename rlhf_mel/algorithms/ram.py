@@ -20,14 +20,12 @@ reward's factor 1 / beta is 100 for GenEval and OCR and 1000 for PickScore, in a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline, collect_samples
+from rlhf_mel.algorithms.base import LaggedAlgorithm, Metrics, Pipeline, collect_samples
 from rlhf_mel.ema import LaggedPolicy, MovingAverage, check_lag
 from rlhf_mel.forward_process import Draw, Options, Samples, anchor_to, anchors, check_options, regress
 from rlhf_mel.types import Prompts
@@ -45,7 +43,7 @@ class Collected:
     old: MovingAverage
 
 
-class RAM(AlgorithmBase):
+class RAM(LaggedAlgorithm):
     name = "ram"
     needs_groups = True
     default_beta = 0.01
@@ -95,15 +93,6 @@ class RAM(AlgorithmBase):
     def _values(self, draw: Draw) -> dict[str, Tensor]:
         loss = draw.mse(draw.velocity, ram_target(draw, self.beta))
         return {"ram_loss": loss, "old_deviation": draw.mse(draw.velocity, draw.others["old"]), **anchors(draw)}
-
-    def on_update(self, pipeline: Pipeline) -> None:
-        self._lagged.on_update()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._lagged.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._lagged.load_state_dict(state)
 
 
 algorithm = RAM
