@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from rlhf_mel.cfm import CFM
 from rlhf_mel.policy import ReferencePolicy, add_lora, item_generators, rollout
 from rlhf_mel.solvers import timesteps
+from rlhf_mel.text import CharTokenizer
 from rlhf_mel.types import Prompts, Rollout
 
 REFERENCE_FRAMES = [13, 9, 13]
@@ -330,3 +331,25 @@ def test_lora_goes_where_its_config_says() -> None:
     untouched = LoraConfig(r=2)
     add_lora(tiny_policy(), untouched)
     assert untouched.target_modules is None
+
+
+def test_tokenizers_are_told_the_frames_of_reference_and_whole() -> None:
+    """What the phoneme tokenizer lays its tokens over; as asked for, and by the rule."""
+    asked: list[tuple[Any, ...]] = []
+
+    class Spy(CharTokenizer):
+        def prompt(self, reference_text: str, text: str, reference_frames: int, frames: int) -> list[str]:
+            asked.append((reference_text, text, reference_frames, frames))
+            return super().prompt(reference_text, text, reference_frames, frames)
+
+        def __call__(self, text: str, frames: int | None = None) -> list[str]:
+            asked.append((text, frames))
+            return super().__call__(text, frames)
+
+    policy = tiny_cfm(tokenizer=Spy())
+    policy.encode(tiny_prompts().select([1]))
+    assert asked[-1] == ("jam", "a fig", 9, 24)
+    policy.encode(tiny_prompts(durations_frames=None).select([1]))
+    assert asked[-1] == ("jam", "a fig", 9, 9 + 9 * 5 // 3)  # 5 bytes after 3, at the reference's pace
+    policy.sample(torch.zeros(2, 13, 8), ["abc", "de"], torch.tensor([20, 30]), steps=1)
+    assert asked[-2:] == [("abc", 20), ("de", 30)]
