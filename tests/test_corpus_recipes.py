@@ -78,3 +78,29 @@ def test_sentences_are_whole_plain_and_known():
     }
     # Emma is a name; xyzzy is no word; "to day" is joined and ";" closes a sentence
     assert build_corpus.sentences(prose, lexicon) == ["He came home today."]
+
+
+def test_every_token_of_a_pair_stands_over_two_frames():
+    # 7 and 6 frames are 4 and 3 units; in a batch of 12 frames the 7th token would get none of its own
+    seen = []
+
+    class Dit:
+        def embed_text(self, text, frames, drop_text=False):
+            seen.append((text.tolist(), frames))
+            return torch.zeros(len(text), frames, 1)
+
+        def velocity(self, x, cond, text_embedding, time):
+            return torch.zeros_like(x)
+
+    aligned = torch.tensor([1, 1, 2, 2, 5, 5, 6])
+    clips = pretrain.Utterances(
+        mel=torch.zeros(13, 1),
+        tokens=aligned,
+        guessed=torch.tensor([1, 2, 2, 2, 5, 6, 6]),
+        spans=np.zeros((0, 4), dtype=np.int64),
+        keys=np.zeros(0, dtype=np.int64),
+    )
+    pairs = torch.tensor([[0, 7, 0, 4, 7, 6, 4, 3]] * 2)
+    pretrain.flow_matching_loss(Dit(), clips, pairs, 12)
+    # even items see the reference as guessed, odd ones as aligned; the other six places are empty
+    assert seen[-1] == ([[1, 2, 2, 2, 5, 5, *[-1] * 6], [1, 1, 2, 2, 5, 5, *[-1] * 6]], 12)
