@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +32,14 @@ from torch import Tensor
 from rlhf_mel.advantages import check_scaling
 from rlhf_mel.audio import lengths_to_mask
 from rlhf_mel.path import interpolate, velocity
-from rlhf_mel.policy import Generators, Policy, evaluating, item_generators, rows_by_duration, velocity_as_now
+from rlhf_mel.policy import (
+    Generators,
+    Policy,
+    evaluating,
+    item_generators,
+    rows_by_duration,
+    velocity_as_now,
+)
 from rlhf_mel.solvers import counted_mean, differentiated
 from rlhf_mel.types import Prompts, Rollout
 
@@ -179,7 +185,7 @@ def _draws(
     conds = {name: other.encode(prompts, cfg_strength=guidance) for name, other in others.items()}
     x1 = final_mels(policy, samples, rows, cond)
     times = draw_times(len(rows), options, generators).to(x1.device)
-    function = differentiated(partial(velocity_as_now(policy), cond=cond), checkpoint)
+    function = differentiated(velocity_as_now(policy, cond), checkpoint)
     for index, drawn in enumerate(times):
         noise = policy.prior(cond, generators)
         t = drawn.to(noise.dtype).float()  # as the policy sees it, so that x_t is where it believes to be

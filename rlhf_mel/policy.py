@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .nn import keep_mode
-from .solvers import GradSteps, solve
+from .solvers import GradSteps, PureVelocity, Velocity, solve
 from .types import Prompts, Rollout
 
 if TYPE_CHECKING:
@@ -94,17 +94,19 @@ def rollout(
     generators = item_generators(generator, len(prompts))
     mels: dict[int, Tensor] = {}
     trajectories: dict[int, Tensor] = {}
+    constant = getattr(policy, "velocity_without_gradient", None)
     with evaluating(policy), torch.set_grad_enabled(differentiable):
         t = policy.timesteps(steps, sway_sampling_coef=sway_sampling_coef)
         for rows in rows_by_duration(prompts):
             cond = policy.encode(prompts.select(rows), cfg_strength=cfg_strength)
             states = solve(
-                partial(velocity_as_now(policy), cond=cond),
+                velocity_as_now(policy, cond),
                 policy.prior(cond, None if generators is None else [generators[row] for row in rows]),
                 t,
                 method=method,
                 grad_steps=grad_steps,
                 checkpoint=checkpoint,
+                constant=None if constant is None else partial(constant, cond=cond),
             )
             mel = policy.finalize(states[-1], cond)
             for item, row in enumerate(rows):
@@ -123,9 +125,12 @@ def rows_by_duration(prompts: Prompts) -> list[list[int]]:
     return list(rows.values())
 
 
-def velocity_as_now(policy: Policy | ReferencePolicy) -> Any:
-    """The policy's velocity, always in the train/eval mode it has now."""
-    return keep_mode(policy, policy.velocity) if isinstance(policy, nn.Module) else policy.velocity
+def velocity_as_now(policy: Policy | ReferencePolicy, cond: Any) -> Velocity:
+    """The policy's velocity under `cond`, always in the train/eval mode it has now."""
+    if not isinstance(policy, nn.Module):
+        return partial(policy.velocity, cond=cond)
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    return PureVelocity(keep_mode(policy, policy.velocity), cond, weights)
 
 
 def collect_rollout(mels: Mapping[int, Tensor], trajectories: Mapping[int, Tensor] | None = None) -> Rollout:

@@ -31,13 +31,15 @@ fault and holds x_1 fixed too. The exact linear part is that of SDE-DPM-Solver++
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint as recompute
 from torchdiffeq import odeint
 
@@ -103,6 +105,7 @@ def solve(
     method: str = "euler",
     grad_steps: GradSteps = None,
     checkpoint: bool = True,
+    constant: Velocity | None = None,
     preserve_rng_state: bool = False,
     odeint_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Tensor]:
@@ -113,6 +116,7 @@ def solve(
     grad_steps: None differentiates all K steps; an integer the last ones, the state before them detached; a
         set of indices those steps, in the others the velocity counts as a constant (dx'/dx = 1).
     checkpoint: keep only the input of each velocity, run it again in backward(). Same gradient.
+    constant: the velocity in steps that are not differentiated; None: `velocity` itself.
     preserve_rng_state: replay the random numbers of the first run (needed if dropout is on).
     odeint_kwargs: for torchdiffeq (`rtol`, `atol`, `options`).
     """
@@ -121,6 +125,7 @@ def solve(
     if method not in STEPWISE_METHODS + WHOLE_METHODS:
         raise ValueError(f"ODE method: expected one of {STEPWISE_METHODS + WHOLE_METHODS}, got {method!r}")
     with_gradient = differentiated(velocity, checkpoint, preserve_rng_state)
+    without = _constant(constant or velocity)
     odeint_kwargs = dict(odeint_kwargs or {})
     if method in WHOLE_METHODS or odeint_kwargs.get("options"):  # only these make use of them
         if grad_steps is not None and len(chosen) not in (0, steps):
@@ -128,11 +133,11 @@ def solve(
                 f"grad_steps: expected a method that steps through the grid, {STEPWISE_METHODS} without"
                 f" options, got {method!r} with {odeint_kwargs}; pass grad_steps=None"
             )
-        function = with_gradient if chosen else _constant(velocity)
+        function = with_gradient if chosen else without
         states = odeint(lambda time, x: function(x, time), x0, t, method=method, **odeint_kwargs)
         return list(states.unbind())
     step = _STEPS.get(method) or _torchdiffeq_step(method)
-    functions = [with_gradient if k in chosen else _constant(velocity) for k in range(steps)]
+    functions = [with_gradient if k in chosen else without for k in range(steps)]
     cut = steps - grad_steps if isinstance(grad_steps, int) else None
     return _states(step, functions, x0, t, cut)
 
@@ -157,16 +162,76 @@ def _chosen_steps(grad_steps: GradSteps, steps: int) -> frozenset[int]:
     return frozenset(wanted)
 
 
+@dataclass(frozen=True)
+class PureVelocity:
+    """A velocity that says all it computes with, so that it can run anew in backward() without being traced before.
+
+    Its first run makes no graph, and so may take the fast way of fast.py.
+    """
+
+    function: Callable[[Tensor, Tensor, Any], Tensor]
+    """(x, t, cond) -> dx/dt."""
+    cond: Any
+    """A pytree."""
+    parameters: Sequence[Tensor]
+    """Weights that have a gradient."""
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.function(x, t, self.cond)
+
+
 def differentiated(velocity: Velocity, checkpoint: bool, preserve_rng_state: bool = False) -> Velocity:
     """`velocity` in the dtype of x; with `checkpoint` it keeps only its input and runs again in backward()."""
 
     def run(x: Tensor, t: Tensor) -> Tensor:
         if not (checkpoint and torch.is_grad_enabled()):
             return velocity(x, t).to(x.dtype)
+        if isinstance(velocity, PureVelocity) and not preserve_rng_state:
+            leaves, structure = tree_flatten(velocity.cond)
+            return _Recomputed.apply(velocity, structure, x, t, *velocity.parameters, *leaves)
         # not reentrant: gradients also reach what `velocity` closes over, such as the text embedding
         return recompute(velocity, x, t, use_reentrant=False, preserve_rng_state=preserve_rng_state).to(x.dtype)
 
     return run
+
+
+class _Recomputed(torch.autograd.Function):
+    """A pure velocity whose graph is made in backward() and dropped there: one is held at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, velocity: PureVelocity, structure: Any, x: Tensor, t: Tensor, *reads: Any) -> Tensor:
+        ctx.velocity, ctx.structure = velocity, structure
+        ctx.autocast = _autocast_as_now(x.device.type)
+        ctx.save_for_backward(x, t, *(read for read in reads if isinstance(read, Tensor)))
+        ctx.others = [None if isinstance(read, Tensor) else (read,) for read in reads]
+        return velocity(x, t).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, t, *saved = ctx.saved_tensors
+        tensors = iter(saved)
+        reads = [next(tensors) if other is None else other[0] for other in ctx.others]
+        weights = len(ctx.velocity.parameters)
+        # cut off from the graph that made them, or autograd would go on into it, and free it
+        needed = ctx.needs_input_grad
+        cond = [_leaf(read, need) for read, need in zip(reads[weights:], needed[4 + weights :], strict=True)]
+        inputs = [_leaf(x, needed[2]), _leaf(t, needed[3]), *reads[:weights], *cond]
+        with torch.enable_grad(), ctx.autocast():
+            v = ctx.velocity.function(inputs[0], inputs[1], tree_unflatten(cond, ctx.structure)).to(x.dtype)
+        wanted = [value for value, need in zip(inputs, needed[2:], strict=True) if need]
+        found = iter(torch.autograd.grad(v, wanted, grads[0], allow_unused=True))
+        return None, None, *(next(found) if need else None for need in needed[2:])
+
+
+def _leaf(value: Any, needs_gradient: bool) -> Any:
+    return value.detach().requires_grad_(needs_gradient) if isinstance(value, Tensor) else value
+
+
+def _autocast_as_now(device: str) -> Callable[[], Any]:
+    """The autocast that is on now, to be entered again."""
+    if not torch.is_autocast_enabled(device):
+        return partial(torch.autocast, device, enabled=False)
+    return partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
 
 
 def _constant(velocity: Velocity) -> Velocity:

@@ -32,7 +32,7 @@ from rlhf_mel.policy import (
     rows_by_duration,
     velocity_as_now,
 )
-from rlhf_mel.solvers import SDE, Transition, Velocity, differentiated, mean_log_prob, solve_sde
+from rlhf_mel.solvers import SDE, PureVelocity, Transition, Velocity, differentiated, mean_log_prob, solve_sde
 from rlhf_mel.types import Prompts, Rollout
 
 
@@ -135,8 +135,10 @@ def replay(
 
 def _velocity(policy: Policy | ReferencePolicy, cond: Any, dtype: torch.dtype) -> Velocity:
     """The policy's velocity in the dtype of x, computed in `dtype`, that of the policy's own noise."""
-    function = partial(velocity_as_now(policy), cond=cond)
-    return lambda x, t: function(x.to(dtype), t).to(x.dtype)
+    own = velocity_as_now(policy, cond)
+    if not isinstance(own, PureVelocity):
+        return lambda x, t: own(x.to(dtype), t).to(x.dtype)
+    return replace(own, function=lambda x, t, cond: own.function(x.to(dtype), t, cond).to(x.dtype))
 
 
 def _seeded_by(generators: Sequence[torch.Generator] | None) -> list[torch.Generator] | None:

@@ -22,6 +22,7 @@ LAYERS = (
     "nn",
     "models",
     "policy",
+    "fast",
     "ema",
     "trajectories",
     "restart",

@@ -44,7 +44,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -269,7 +268,7 @@ def _velocities(policy: Policy, targets: Targets) -> tuple[Tensor, Tensor]:
     trajectory = targets.trajectory
     with evaluating(policy):
         cond = policy.encode(trajectory.prompts, cfg_strength=trajectory.cfg_strength)
-        velocity = differentiated(partial(velocity_as_now(policy), cond=cond), checkpoint=True)
+        velocity = differentiated(velocity_as_now(policy, cond), checkpoint=True)
         states = [(trajectory.states[k], trajectory.t[k]) for k in targets.steps]
         v = torch.stack([velocity(x.to(trajectory.dtype), t).to(x.dtype) for x, t in states])
     return v, cond.generated

@@ -307,10 +307,14 @@ class _View(nn.Module):
             return self.policy.velocity(x, t, cond)
         mel = x[..., :-1]
         v = self.policy.velocity(mel, t, cond.policy)
-        if not torch.is_grad_enabled():
-            return F.pad(v, (0, 1))
         v_ref = self.reference.velocity(mel, t, cond.reference)
         return torch.cat([v, (v - v_ref).square().mean(-1, keepdim=True)], dim=-1)
+
+    def velocity_without_gradient(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        """In the steps that are not trained: the anchor stands still."""
+        if self.reference is None:
+            return self.velocity(x, t, cond)
+        return F.pad(self.policy.velocity(x[..., :-1], t, cond.policy), (0, 1))
 
     def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
         times = self.policy.timesteps(steps, sway_sampling_coef=sway_sampling_coef)

@@ -1,0 +1,209 @@
+"""Speed on a GPU: repeated blocks compiled, and a velocity without gradients replayed as one CUDA graph.
+
+`compile_blocks` compiles one block of the backbone, and the others reuse its code (regional compilation, as diffusers'
+`compile_repeated_blocks`): seconds where the whole model takes minutes. The first shape is compiled as it is, the
+second makes lengths symbolic, and no further one compiles anything.
+
+`FastVelocity` is what `CFM.velocity` calls where there are no gradients. Its `Twin` holds the weights in the dtype that
+autocast would cast them to, cast once a solve and not once a step, with LoRA merged, and out of reach of whoever
+exchanges the policy's own. A shape is captured as a CUDA graph when it first comes, which costs about three velocities;
+the rest of the solve waits for no launch. Nothing is padded: each shape has its own graph.
+
+Both compute what the plain backbone computes, to rounding (tests/test_fast.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_mel.policy import lora_layers
+
+GRAPHS_KEPT = 64
+"""Shapes whose graphs are kept, those used last; all share one pool of memory."""
+
+RECOMPILE_LIMIT = 64
+"""Variants of a block that PyTorch may compile before it gives up: gradients, dtype, lengths, LoRA, autocast."""
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+"""x, known mel, text embedding, time, mask: of a backbone's `velocity`."""
+
+
+def compile_blocks(backbone: nn.Module) -> None:
+    """Compile the repeated blocks of `backbone`, and what reads mel and text, in place; the state_dict stays."""
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+    for part in _compiled_parts(backbone):
+        part.compile()
+
+
+def _compiled_parts(backbone: nn.Module) -> Iterator[nn.Module]:
+    for name, child in backbone.named_children():
+        if name == "input_embed":
+            yield child
+        if isinstance(child, nn.ModuleList):
+            for block in child:  # a layer of UNetT is a list of its parts
+                yield from (part for part in block if part is not None) if isinstance(block, nn.ModuleList) else [block]
+
+
+class FastVelocity:
+    """`backbone.velocity` without gradients, for a backbone in eval mode; see the top of this file.
+
+    cuda_graphs: False for a backbone that cannot be captured, since it waits for the device.
+    """
+
+    def __init__(self, *, compiled: bool = True, cuda_graphs: bool = True) -> None:
+        self._options = {"compiled": compiled, "cuda_graphs": cuda_graphs}
+        self._twins: dict[Any, Twin] = {}
+        self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
+        self._pool: Any = None
+        self._text: Callable[[], Tensor | None] = lambda: None
+        self._adapted: list[Any] = []
+
+    def __call__(
+        self, backbone: nn.Module, x: Tensor, known: Tensor, text: Tensor, t: Tensor, mask: Tensor | None, rope: Any
+    ) -> Tensor:
+        """Velocity [B, T, M] in the twin's dtype; arguments as of the backbone's own `velocity`."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        inputs = (x.to(dtype), known.to(dtype), text.to(dtype), t, mask)
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            twin = self._twin(backbone, dtype, text)
+            if device == "cuda" and self._options["cuda_graphs"]:
+                return self._graph(twin, inputs, rope)(inputs)
+            return twin.velocity(inputs, rope)
+
+    def _twin(self, backbone: nn.Module, dtype: torch.dtype, text: Tensor) -> Twin:
+        """The twin in `dtype` with the weights that the backbone has now; another one where LoRA is switched off."""
+        if self._text() is not text:
+            self._adapted, self._text = lora_layers(backbone), weakref.ref(text)
+        key = dtype, *((layer.disable_adapters, layer.merged) for layer in self._adapted)
+        twin = self._twins.get(key)
+        if twin is None or not twin.is_of(backbone, text):
+            for outdated in [known for known in self._graphs if known[0] is twin]:
+                del self._graphs[outdated]
+            twin = self._twins[key] = Twin(backbone, dtype, compiled=self._options["compiled"])
+        twin.follow(text)
+        return twin
+
+    def _graph(self, twin: Twin, inputs: Inputs, rope: Any) -> _Graph:
+        key = (twin, *(None if value is None else value.shape for value in inputs))
+        graph = self._graphs.pop(key, None)
+        if graph is None:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = _Graph(lambda static: twin.velocity(static, rope), inputs, self._pool)
+            while len(self._graphs) >= GRAPHS_KEPT:
+                self._graphs.popitem(last=False)
+        self._graphs[key] = graph
+        return graph
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FastVelocity:
+        """For the copy of a policy: the same options; its twins and graphs are made when they are needed."""
+        return FastVelocity(**self._options)
+
+    def __reduce__(self) -> Any:
+        return _with_options, (self._options,)
+
+
+def _with_options(options: dict[str, bool]) -> FastVelocity:
+    return FastVelocity(**options)
+
+
+class Twin:
+    """A frozen copy of a backbone in `dtype`, LoRA merged into its weights, that follows the original's."""
+
+    def __init__(self, backbone: nn.Module, dtype: torch.dtype, *, compiled: bool) -> None:
+        self._backbone = backbone
+        self._structure = _structure(backbone)
+        self._adapted = _named_lora_layers(backbone)
+        self._weights = list(backbone.parameters())
+        twin: Any = copy.deepcopy(backbone)
+        for name in self._adapted:
+            twin.set_submodule(name, twin.get_submodule(name).get_base_layer())
+        self._twin = twin.to(dtype).eval().requires_grad_(False)
+        self._plain = [(weight, self._original(name)) for name, weight in twin.named_parameters()]
+        if compiled:
+            compile_blocks(twin)
+        self._seen: Any = None
+        self._text: Callable[[], Tensor | None] = lambda: None
+
+    def _original(self, name: str) -> Tensor | Callable[[], Tensor]:
+        """What the weight `name` of the twin follows: a weight, or what merges LoRA into one."""
+        owner, _, own = name.rpartition(".")
+        layer = self._adapted.get(owner)
+        if layer is None:
+            return self._backbone.get_parameter(name)
+        return lambda: merged_weight(layer) if own == "weight" else getattr(layer.get_base_layer(), own)
+
+    def is_of(self, backbone: nn.Module, text: Tensor) -> bool:
+        """Whether it still mirrors this backbone: looked up once a solve, `text` being made once a solve."""
+        if self._text() is text:
+            return self._backbone is backbone
+        return self._backbone is backbone and self._structure == _structure(backbone)
+
+    def velocity(self, inputs: Inputs, rope: Any) -> Tensor:
+        *values, mask = inputs
+        return self._twin.velocity(*values, mask=mask, rope=rope)
+
+    def follow(self, text: Tensor) -> None:
+        """Copy the original's weights, in the first velocity of a solve, and where they are exchanged between two.
+
+        Not only where a weight's version says so: fused optimizers and writing to `.data` leave it as it was.
+        """
+        seen = [(weight.data_ptr(), weight._version) for weight in self._weights]
+        if self._text() is text and seen == self._seen:
+            return
+        originals = [original if isinstance(original, Tensor) else original() for _, original in self._plain]
+        torch._foreach_copy_([weight for weight, _ in self._plain], originals)
+        self._seen, self._text = seen, weakref.ref(text)
+
+
+def _named_lora_layers(backbone: nn.Module) -> dict[str, Any]:
+    adapted = {id(layer) for layer in lora_layers(backbone)}
+    return {name: module for name, module in backbone.named_modules() if id(module) in adapted}
+
+
+def _structure(backbone: nn.Module) -> Any:
+    """What makes a twin useless when it changes: the parameters by identity, and their device."""
+    return [(id(weight), weight.device) for weight in backbone.parameters()]
+
+
+def merged_weight(layer: Any) -> Tensor:
+    """The weight of a peft layer with its active adapters merged into it, if they are enabled."""
+    weight = layer.get_base_layer().weight
+    if layer.disable_adapters or layer.merged:
+        return weight
+    adapters = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    if any(adapter in layer.lora_variant for adapter in adapters):  # DoRA and its like: more than a sum
+        merged = copy.deepcopy(layer)
+        merged.merge()
+        return merged.get_base_layer().weight
+    return sum((layer.get_delta_weight(adapter) for adapter in adapters), start=weight)
+
+
+class _Graph:
+    """A function of tensors as one CUDA graph, captured at `inputs` and replayed at others of their shapes."""
+
+    def __init__(self, function: Callable[[Inputs], Tensor], inputs: Inputs, pool: Any) -> None:
+        self._inputs: Any = tuple(None if value is None else value.clone() for value in inputs)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles, and lets cuBLAS and cuDNN allocate what they keep
+            function(self._inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._output = function(self._inputs)
+
+    def __call__(self, inputs: Sequence[Tensor | None]) -> Tensor:
+        for static, value in zip(self._inputs, inputs, strict=True):
+            if value is not None:
+                static.copy_(value)
+        self._graph.replay()
+        return self._output.clone()  # another graph of the pool may write there
