@@ -95,9 +95,10 @@ def test_reward_models_are_found_by_name_only(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", REWARDS, ids=lambda file: ".".join(dotted(file)))
-def test_a_reward_model_knows_rewards_types_and_audio_only(file: Path) -> None:
+def test_a_reward_model_knows_what_lies_below_rewards_only(file: Path) -> None:
     layers = {layer for name in imported(file) if (layer := own_layer(name))}
-    assert layers <= {"rewards", "types", "audio"}
+    # recognizer: a frozen listener that knows of mels alone, a judge as good as those that packages bring
+    assert layers <= {"rewards", "types", "audio", "recognizer"}
 
 
 def test_the_scan_sees_relative_and_nested_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
