@@ -109,6 +109,18 @@ def test_the_scan_sees_relative_and_nested_imports(tmp_path: Path, monkeypatch: 
     assert set(imported(file)) == {"rlhf_mel.nn.Rope", "rlhf_mel.models.other", "rlhf_mel.trainer"}
 
 
+def test_a_run_in_python_needs_neither_trl_nor_datasets() -> None:
+    # Both are slow to import; only a command line, a YAML file and a source of `datasets` ask for them.
+    code = (
+        "import sys; sys.modules['trl'] = sys.modules['datasets'] = None\n"
+        "from rlhf_mel import RLHFConfig, RLHFTrainer, load_prompts\n"
+        "prompts = load_prompts('tiny', split='heldout').head(2)\n"
+        "print(len(prompts.collate([prompts[1]])), RLHFConfig(output_dir='unused').algorithm)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert said.split() == ["1", "draft"]
+
+
 def test_import_is_instant_and_the_public_names_exist() -> None:
     code = "import rlhf_mel, sys; assert 'torch' not in sys.modules; print(*rlhf_mel.__all__)"
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
