@@ -113,7 +113,7 @@ FACTORS = (1 / 3, 1, 3)
 VARIANTS: Mapping[str, Sequence[Setting]] = {
     "adjoint_matching": [
         Setting(learning_rate=1e-3, beta=beta, options={"max_push": most})
-        for beta, most in itertools.product((0.1, 1.0), (0.3, 1.0))
+        for beta, most in itertools.product((0.01, 0.1), (0.3, 1.0))
     ]
 }
 """Where tuning begins from more than the setting above."""
