@@ -42,13 +42,25 @@ def letters(text: str) -> str:
     return " ".join(re.sub(r"[^a-z' ]", " ", " ".join(words)).split())
 
 
+def load_whisper(folder: Path) -> Any:
+    """A Whisper model in CTranslate2's format, on the CPU."""
+    from faster_whisper import WhisperModel
+
+    return WhisperModel(str(folder), device="cpu", compute_type="int8")
+
+
+def transcript(whisper: Any, waveform: Tensor, sample_rate_hz: int) -> str:
+    """What Whisper hears in a waveform [S]."""
+    samples = resample(waveform[None], sample_rate_hz, WHISPER_RATE_HZ)[0].numpy()
+    segments, _ = whisper.transcribe(samples, language="en", beam_size=5)
+    return " ".join(segment.text for segment in segments)
+
+
 class Listener:
     """MOS models and a speech recogniser over a list of clips."""
 
     def __init__(self, whisper: Path, sample_rate_hz: int) -> None:
-        from faster_whisper import WhisperModel
-
-        self.whisper = WhisperModel(str(whisper), device="cpu", compute_type="int8")
+        self.whisper = load_whisper(whisper)
         self.mos = Rewards(["mos"])
         self.sample_rate_hz = sample_rate_hz
 
@@ -56,7 +68,7 @@ class Listener:
         lengths = torch.tensor([len(waveform) for waveform in waveforms])
         padded = pad_sequence(list(waveforms), batch_first=True)
         audio = Audio(padded, lengths, self.sample_rate_hz, log_mel(padded), samples_to_frames(lengths, MelSpec()))
-        heard = [letters(self._transcript(waveform)) or " " for waveform in waveforms]
+        heard = [letters(transcript(self.whisper, waveform, self.sample_rate_hz)) or " " for waveform in waveforms]
         said = [letters(text) for text in texts]
         with torch.no_grad():
             mos = self.mos(audio, Prompts(list(texts), padded, lengths, list(texts))).total.mean().item()
@@ -66,11 +78,6 @@ class Listener:
             "WER": float(jiwer.wer(said, heard)),
             "CER": float(jiwer.cer(said, heard)),
         }
-
-    def _transcript(self, waveform: Tensor) -> str:
-        samples = resample(waveform[None], self.sample_rate_hz, WHISPER_RATE_HZ)[0].numpy()
-        segments, _ = self.whisper.transcribe(samples, language="en", beam_size=5)
-        return " ".join(segment.text for segment in segments)
 
 
 def speak(policy: Any, vocoder: Any, prompts: Any, rows: Sequence[int], args: argparse.Namespace) -> list[Tensor]:

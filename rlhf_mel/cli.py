@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Examine the run that the remaining arguments describe; 1 if a check failed, else 0."""
-    from rlhf_mel.config import lora_config, parse_arguments  # trl is slow to import, `sample` needs none of it
+    from rlhf_mel.config import lora_config, parse_arguments  # transformers is slow to import
     from rlhf_mel.doctor import doctor
 
     config, model_config = parse_arguments(args.of_the_run)

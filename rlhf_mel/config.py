@@ -13,16 +13,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from peft import LoraConfig
 from transformers import TrainingArguments
-from trl import ModelConfig, TrlParser, get_peft_config
 
 from rlhf_mel.algorithms.base import algorithm_class, load_algorithm
 from rlhf_mel.rewards import known_rewards
+
+if TYPE_CHECKING:
+    from trl import ModelConfig  # slow to import: only what reads a command line or a file does so
 
 LORA_FIELDS = frozenset(
     {
@@ -276,6 +278,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RLHFConfig, Mode
     Raises:
         ValueError: an unknown key, or a value that cannot be meant.
     """
+    from trl import ModelConfig, TrlParser
+
     parser = TrlParser((RLHFConfig, ModelConfig), allow_abbrev=False)  # type: ignore[arg-type]
     config, model_config, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     if unknown:
@@ -286,6 +290,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RLHFConfig, Mode
 
 def _unknown_keys(remaining: Sequence[str]) -> str:
     """The message for keys that no field takes, each with the nearest known ones."""
+    from trl import ModelConfig
+
     known = [f.name for dataclass_type in (RLHFConfig, ModelConfig) for f in dataclasses.fields(dataclass_type)]
     keys = [item.removeprefix("--").split("=")[0] for item in remaining if item.startswith("--")] or list(remaining)
     lines = []
@@ -297,6 +303,8 @@ def _unknown_keys(remaining: Sequence[str]) -> str:
 
 def check_model_config(model_config: ModelConfig) -> None:
     """Raise if a field of TRL's `ModelConfig` is set that only language models have."""
+    from trl import ModelConfig
+
     default = ModelConfig()
     foreign = [
         f.name
@@ -312,6 +320,8 @@ def check_model_config(model_config: ModelConfig) -> None:
 
 def lora_config(model_config: ModelConfig) -> LoraConfig | None:
     """TRL's `get_peft_config` without its language-model task type; default targets: those of `policy.add_lora`."""
+    from trl import get_peft_config
+
     config: Any = get_peft_config(model_config)
     if config is None:
         return None

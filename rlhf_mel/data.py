@@ -18,11 +18,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from rlhf_mel.audio import MelSpec, load_audio, read_speech, samples_to_frames
@@ -30,6 +29,9 @@ from rlhf_mel.f5_text import f5_reference_text
 from rlhf_mel.prompt_files import from_datasets, load_hub_rows, read_rows, rename
 from rlhf_mel.reference import prepare_reference
 from rlhf_mel.types import Prompts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 REQUIRED = ("text", "reference_audio", "reference_text")
 SPLITS = ("train", "heldout")
@@ -103,7 +105,7 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self.options = options or PromptOptions()
         self.dropped: list[str] = []
         self._root = Path(root)
-        self.rows = rows if isinstance(rows, Dataset) else _table(rows)
+        self.rows: Any = _table(rows) if isinstance(rows, Sequence) else rows
         if not len(self.rows):
             raise ValueError(f"{name} has no rows: expected some, each with {list(REQUIRED)}")
         problems = self._problems(functools.partial(self._row_problem, check_audio=check_audio))
@@ -122,7 +124,7 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def head(self, count: int) -> PromptDataset:
         """The first `count` rows."""
         return PromptDataset(
-            self.rows.select(range(min(count, len(self)))),
+            _rows_at(self.rows, range(min(count, len(self)))),
             root=self._root,
             name=self.name,
             mel_spec=self.mel_spec,
@@ -191,7 +193,7 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
             if not isinstance(row.get(column), str) or not row[column].strip():
                 return f"{column!r} must be a non-empty string, got {row.get(column)!r}"
         duration_s = row.get("duration_s")
-        if duration_s is not None and not duration_s > 0:
+        if duration_s is not None and not (isinstance(duration_s, int | float) and duration_s > 0):
             return f"'duration_s' must be above 0 seconds, got {duration_s!r}"
         source = self._source(row)
         if isinstance(source, str) and not Path(source).is_file():
@@ -216,12 +218,11 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
         warnings.warn(
             f"{self.name}: {len(problems)} of {len(self)} rows dropped; first: {self.dropped[0]}", stacklevel=3
         )
-        self.rows = self.rows.select([index for index in range(len(self)) if index not in problems])
+        self.rows = _rows_at(self.rows, [index for index in range(len(self)) if index not in problems])
 
     def _duration_problems(self) -> list[str]:
         """`Prompts.durations_frames` is a tensor or None, so durations are given for all rows or for none."""
-        durations = self.rows["duration_s"] if "duration_s" in self.rows.column_names else []
-        missing = [index for index, duration_s in enumerate(durations) if duration_s is None]
+        missing = [index for index, row in enumerate(self.rows) if row.get("duration_s") is None]
         if not missing or len(missing) == len(self):
             return []
         return [f"row {index}: 'duration_s' is missing, other rows have it" for index in missing]
@@ -235,10 +236,15 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
             )
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Dataset:
-    """Rows as a table of every row's columns (`Dataset.from_list` takes the first row's and drops all others)."""
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that all have every column that one of them has, None where they had none."""
     columns = dict.fromkeys(name for row in rows for name in row)
-    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
+    return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def _rows_at(rows: Any, places: Sequence[int]) -> Any:
+    """Those rows, of a table or of a `datasets.Dataset`."""
+    return [rows[place] for place in places] if isinstance(rows, list) else rows.select(places)
 
 
 def load_prompts(

@@ -17,9 +17,10 @@ import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Audio, Dataset
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Row = Mapping[str, Any]
 
@@ -52,6 +53,8 @@ def from_datasets(dataset: Dataset, columns: Mapping[str, str], keep: Sequence[s
     Raises:
         ValueError: the data set lacks some of them.
     """
+    from datasets import Audio  # slow to import, and lists in files need none of it
+
     wanted = {**{column: column for column in keep}, **columns}
     if missing := [theirs for theirs in wanted.values() if theirs not in dataset.column_names]:
         raise ValueError(f"{name}: expected columns {missing}, got {dataset.column_names}; correct `columns`")

@@ -1,0 +1,59 @@
+"""How well the words can be made out: the bundled recognizer's log-likelihood of the text, per character.
+
+    score = log p(text | mel) / characters <= 0,    p by CTC, the sum over all alignments (see rlhf_mel/recognizer.py)
+
+0 is certain; at -0.1 a character has a probability of 0.9. Below it is not bounded, and not clipped: where clipped it
+would have no gradient, and the worst speech would not be mended.
+
+It hears the mel, as `cer` of the evaluation does, and not the vocoder's sound: no vocoder stands in the gradient's way,
+and the reward and what reports on it agree. What only a mel can say, and no sound, it does not notice. Nor is the
+recognizer's `cer` a judge that was not trained on, beside this reward: a listener to the sound is, such as Whisper.
+
+A text that needs more frames than there are has no likelihood: its score is -inf, so its row has no reward.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from rlhf_mel.recognizer import load_recognizer
+from rlhf_mel.types import Audio, Prompts
+
+
+class Intelligibility(nn.Module):
+    """The recognizer as a frozen reward model.
+
+    Args:
+        recognizer: "tiny" (bundled), or a folder, as load_recognizer takes it; of the policy's mels.
+    """
+
+    name = "intelligibility"
+    differentiable = True
+    domain = "mel"
+    sample_rate_hz: int | None = None
+    needs = frozenset({"text"})
+    range = (-math.inf, 0.0)
+
+    def __init__(self, recognizer: str | Path = "tiny") -> None:
+        super().__init__()
+        self.recognizer = load_recognizer(recognizer)
+
+    def train(self, mode: bool = True) -> Intelligibility:
+        """A judge does not learn: always in evaluation mode."""
+        return super().train(False)
+
+    def score(self, audio: Audio, prompts: Prompts) -> Tensor:
+        """Float [B], at most 0."""
+        heard, given = self.recognizer.mel_spec.n_mels, audio.mel.shape[-1]
+        if given != heard:
+            raise ValueError(
+                f"reward 'intelligibility': expected mels of {heard} channels, got {given}; name a recognizer of the "
+                "policy's mels"
+            )
+        return -self.recognizer.ctc_loss(audio.mel, audio.lengths_frames, prompts.texts)
+
+
+reward_model = Intelligibility

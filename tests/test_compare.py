@@ -1,0 +1,151 @@
+"""The comparison recipe: its arithmetic by hand, and both commands on two algorithms."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+
+import compare
+import comparison
+
+from rlhf_mel.algorithms.base import algorithm_class, known_algorithms, load_algorithm
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_budget_pays_for_whole_updates() -> None:
+    assert [comparison.affordable_updates(*pair) for pair in ((30, 0.7), (1, 0.1), (0.3, 0.1), (1, 5))] == [
+        42,
+        10,
+        3,
+        1,
+    ]
+    # 5, 10, 20, 40, 70 and 100 % of 42 and of 3 updates, to the nearest, at least 1, each once
+    assert comparison.evaluation_points(42) == [2, 4, 8, 17, 29, 42]
+    assert comparison.evaluation_points(3) == [1, 2, 3]
+
+
+def test_seconds_to_reach_a_reward_by_hand() -> None:
+    seconds, rewards = [0.0, 2.0, 4.0, 8.0], [1.0, 2.0, 1.5, 3.5]
+    for level, expected in ((0.5, 0.0), (1.0, 0.0), (1.5, 1.0), (2.0, 2.0), (2.5, 6.0), (3.5, 8.0)):
+        assert comparison.seconds_to_reach(seconds, rewards, level) == pytest.approx(expected)
+    assert comparison.seconds_to_reach(seconds, rewards, 3.6) is None
+
+
+def line(
+    name: str, seed: int, *rewards: float, updates: int = 0, price_s: float = 0.0, **changes: Any
+) -> dict[str, Any]:
+    """A run of two prompts, evaluated at even distances; the second prompt's reward is 1 more."""
+    curve = [
+        {"updates": updates * (k + 1) // len(rewards), "reward": reward, "cer": 0.1} for k, reward in enumerate(rewards)
+    ]
+    measures = {"reward": [rewards[-1] - 0.5, rewards[-1] + 0.5], "dnsmos_ovrl": [3.0, 3.2], "cer": [0.1, 0.1]}
+    values = {"name": name, "seed": seed, "price_s": price_s, "updates": updates, "curve": curve, "measures": measures}
+    return {**values, **changes}
+
+
+def lines() -> list[dict[str, Any]]:
+    worse = {"reward": [2.5, 3.5], "dnsmos_ovrl": [3.1, 3.3], "cer": [0.15, 0.2]}
+    return comparison.from_base(
+        [
+            line("base", 0, 1.0),
+            line("base", 1, 1.2),
+            line("flow_grpo", 0, 1.4, 1.8, updates=10, price_s=0.5),
+            line("flow_grpo", 1, 1.6, 2.2, updates=10, price_s=0.5),
+            line("draft", 0, 2.5, 3.0, updates=20, price_s=0.25, measures=worse),
+            line("draft", 1, 2.7, 3.4, updates=20, price_s=0.25),
+        ]
+    )
+
+
+def test_summary_by_hand() -> None:
+    draft, grpo, base = comparison.summary(lines())
+    assert [row["name"] for row in (draft, grpo, base)] == ["draft", "flow_grpo", "base"]
+    assert (draft["reward"], grpo["reward"], base["reward"]) == pytest.approx((3.2, 2.0, 1.1))
+    assert draft["reward_std"] == pytest.approx(0.4 / math.sqrt(2))
+    # Mean curves: draft (0 s, 1.1), (2.5 s, 2.6), (5 s, 3.2); Flow-GRPO ends at 2.0 after 5 s: 2.5 s * 0.9 / 1.5.
+    assert draft["seconds_to_rival"] == pytest.approx(1.5) and grpo["seconds_to_rival"] == pytest.approx(5.0)
+    assert draft["measures"]["cer"] == pytest.approx((0.175 + 0.1) / 2)
+    # The judge is to rise by 0.05: it does, by 0.1, in draft's first run alone; there the error rate rose by 0.075.
+    assert draft["fails"] == {"dnsmos_ovrl": 1, "cer": 1} and grpo["fails"] == {"dnsmos_ovrl": 2}
+    assert base["fails"] == {}
+
+
+def test_a_run_that_ended_early_shortens_the_curve_and_is_counted() -> None:
+    short = line("draft", 1, 9.0, updates=20, price_s=0.25, error="not finite")
+    short["curve"][0]["updates"] = 10
+    runs = [run for run in lines() if run["name"] != "draft"]
+    runs += comparison.from_base([line("base", 1, 1.2), short])[1:]
+    (draft,) = [row for row in comparison.summary(runs) if row["name"] == "draft"]
+    assert draft["ended_early"] == 1 and draft["reward"] == 9.0
+
+
+def test_the_table() -> None:
+    table = comparison.markdown(comparison.summary(lines())).splitlines()
+    assert (
+        table[0] == "| method | updates | s an update | reward | s to flow_grpo's | DNSMOS | CER | guards that fail |"
+    )
+    assert table[2] == ("| `draft` | 20 | 0.250 | 3.200 ± 0.283 | 1.5 | 3.150 | 0.138 | dnsmos_ovrl 1/2, cer 1/2 |")
+    assert table[4] == "| `base` | - | - | 1.100 ± 0.141 | - | 3.100 | 0.100 | - |"
+
+
+def test_the_plot_is_written(tmp_path: Path) -> None:
+    comparison.plot(lines(), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tuning_prefers_reward_where_the_words_are_kept() -> None:
+    def tuned(name: str, reward: float, cer: float, **changes: Any) -> dict[str, Any]:
+        return line(name, 0, reward, updates=1, curve=[{"updates": 1, "reward": reward, "cer": cer}], **changes)
+
+    runs = [tuned("a", 1.0, 0.11), tuned("a", 2.0, 0.12), tuned("a", 3.0, 0.13), tuned("b", 4.0, 0.5)]
+    runs += [tuned("b", 5.0, 0.6), tuned("b", 9.0, 0.1, error="not finite")]
+    best = comparison.best_settings(runs, line("base", 0, 0.5), cer_slack=0.02)
+    assert {name: run["curve"][-1]["reward"] for name, run in best.items()} == {"a": 2.0, "b": 5.0}
+
+
+def test_every_algorithm_is_compared_with_options_that_it_knows() -> None:
+    assert sorted(compare.SETTINGS) == known_algorithms()
+    for name, setting in compare.SETTINGS.items():
+        for own in (setting, *compare.variants(name, setting)):
+            beta = algorithm_class(name).default_beta if own.beta is None else own.beta
+            load_algorithm(name, own.options, beta=beta)
+
+
+@pytest.mark.slow
+def test_both_commands(tmp_path: Path) -> None:
+    def recipe(*options: str) -> str:
+        command = [sys.executable, str(ROOT / "recipes/compare.py"), *options, "--out", str(tmp_path), "--workers", "1"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    names = ["draft", "flow_grpo"]
+    size = {
+        "seeds": 0,
+        "seconds": 1,
+        "prompts": 2,
+        "rollouts": 2,
+        "generations": 2,
+        "priced_updates": 1,
+        "device": "cpu",
+    }
+    sizes = [word for name, value in size.items() for word in (f"--{name}", str(value))]
+    trained = recipe("train", "--algorithms", *names, *sizes)
+    assert all(name in trained for name in ("draft_0", "flow_grpo_0", "base_0", "best_of_8_0"))
+    assert "reward" not in recipe("train", "--algorithms", *names, *sizes)  # nothing is left to do
+    table = recipe("judge")
+    rows = {row["name"]: row for row in json.loads((tmp_path / "comparison.json").read_text())}
+    assert rows.keys() == {*names, "base", "best_of_8"} and all(f"`{name}`" in table for name in rows)
+    assert rows["best_of_8"]["reward"] > rows["base"]["reward"]
+    assert rows["draft"]["updates"] == 1 and rows["draft"]["reward"] != rows["base"]["reward"]
+    assert {"dnsmos_ovrl", "f0_std_semitones", "level_dbfs", "silence_ratio"} <= rows["draft"]["measures"].keys()
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
