@@ -261,8 +261,8 @@ def check_first_ratio(exam: Examination) -> Finding:
     ratio_error, log_prob_error = first_ratio_errors(exam.case, collected.trajectories, clip)
     status: Status = "fail" if ratio_error > limit else "warn" if ratio_error > limit / 10 else "pass"
     advice = (
-        "the policy that is replayed is not the one that rolled out: look for dropout or branches on self.training or "
-        "torch.is_grad_enabled() in encode and velocity; else train without --bf16, or raise epsilon"
+        "the policy that is replayed is not the one that rolled out: look for dropout or branches on self.training "
+        "in encode and velocity, and for weights exchanged in between; else train without --bf16, or raise epsilon"
     )
     numbers = {"ratio_error": ratio_error, "mean_log_prob_error": log_prob_error, "limit": limit}
     return Finding(name=name, status=status, numbers=numbers, advice="" if status == "pass" else advice)

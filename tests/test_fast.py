@@ -1,0 +1,140 @@
+"""FastVelocity and compiled blocks compute what the plain backbone computes, and follow its weights."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from problems import VOCABULARY, tiny_cfm
+from torch import Tensor
+from torch.testing import assert_close
+
+from rlhf_mel.cfm import CFM
+from rlhf_mel.ema import MovingAverage
+from rlhf_mel.policy import add_lora, lora_disabled, lora_layers
+
+GENERATOR = torch.Generator().manual_seed(0)
+INPUTS = {
+    "mel": torch.randn(3, 20, 8, generator=GENERATOR),
+    "ids": torch.randint(len(VOCABULARY), (3, 9), generator=GENERATOR),
+}
+
+
+def spoken(policy: CFM, **options: Any) -> Tensor:
+    """What `sample` says in eval mode with guidance, of INPUTS."""
+    call = {"duration": 40, "steps": 3, "cfg_strength": 2.0, "seed": 0, **options}
+    return policy.eval().sample(INPUTS["mel"], INPUTS["ids"], **call)[0]
+
+
+def fast_cfm() -> tuple[CFM, CFM]:
+    """The same policy twice, plain and fast; without a compiler, which other tests use."""
+    plain, fast = tiny_cfm(), tiny_cfm()
+    fast.load_state_dict(plain.state_dict())
+    return plain, fast.speed_up(compiled=False)
+
+
+def test_speaks_as_the_plain_policy() -> None:
+    plain, fast = fast_cfm()
+    assert_close(spoken(fast), spoken(plain), rtol=1e-5, atol=1e-5)
+
+
+def change_by_fused_optimizer(policy: CFM) -> None:
+    weights = list(policy.parameters())
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    versions = [weight._version for weight in weights]
+    torch.optim.AdamW(weights, lr=1e-2, fused=True).step()
+    assert [weight._version for weight in weights] == versions  # the reason not to trust versions
+    policy.zero_grad()
+
+
+def change_data_in_place(policy: CFM) -> None:
+    for weight in policy.parameters():
+        weight.data.mul_(1.01)
+
+
+def exchange_data(policy: CFM) -> None:
+    for weight in policy.parameters():
+        weight.data = 1.01 * weight.data
+
+
+@pytest.mark.parametrize("change", [change_by_fused_optimizer, change_data_in_place, exchange_data])
+def test_follows_the_weights(change: Any) -> None:
+    plain, fast = fast_cfm()
+    before = spoken(fast)
+    for policy in (plain, fast):
+        change(policy)
+    after = spoken(fast)
+    assert (after - before).norm() > 1e-3 * before.norm()
+    assert_close(after, spoken(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_lora_is_merged_and_can_be_switched_off() -> None:
+    plain, fast = fast_cfm()
+    base = spoken(plain)
+    for policy in (plain, fast):
+        torch.manual_seed(0)
+        add_lora(policy)
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+    assert (spoken(plain) - base).norm() > 1e-3 * base.norm()
+    assert_close(spoken(fast), spoken(plain), rtol=1e-4, atol=1e-4)
+    with lora_disabled(lora_layers(fast)):
+        assert_close(spoken(fast), base, rtol=1e-5, atol=1e-5)
+    assert_close(spoken(fast), spoken(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_an_average_in_place_is_what_speaks() -> None:
+    _, fast = fast_cfm()
+    first = spoken(fast)
+    average = MovingAverage(fast)
+    change_data_in_place(fast)
+    changed = spoken(fast)
+    with average.applied():
+        assert_close(spoken(fast), first, rtol=1e-6, atol=1e-6)
+    assert_close(spoken(fast), changed, rtol=1e-6, atol=1e-6)
+
+
+def test_gradient_is_the_plain_one() -> None:
+    plain, fast = fast_cfm()
+    found = []
+    for policy in (plain, fast):
+        spoken(policy, cache=False).square().mean().backward()
+        found.append([weight.grad for weight in policy.parameters()])
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-9
+
+
+def test_copies_have_their_own_weights() -> None:
+    plain, fast = fast_cfm()
+    spoken(fast)
+    other = copy.deepcopy(fast)
+    restored = pickle.loads(pickle.dumps(fast.fast))
+    change_data_in_place(fast)
+    assert_close(spoken(other), spoken(plain), rtol=1e-5, atol=1e-5)
+    assert restored is not fast.fast
+
+
+def test_weights_are_cast_to_the_autocast_dtype() -> None:
+    """The error against float32 is that of plain autocast, not more than half as much again."""
+    plain, fast = fast_cfm()
+    exact = spoken(plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, ours = ((spoken(policy) - exact).norm() / exact.norm() for policy in (plain, fast))
+    assert 1e-4 < ours < 1.5 * theirs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graph_replays_other_inputs() -> None:
+    plain, fast = (policy.cuda() for policy in fast_cfm())
+    mel, ids = INPUTS["mel"].cuda(), INPUTS["ids"].cuda()
+    for seed, duration in ((0, 40), (1, 40), (2, 37), (3, 40)):
+        call: dict[str, Any] = {"steps": 3, "cfg_strength": 2.0, "seed": seed}
+        ours, theirs = (policy.sample(mel, ids, duration, **call)[0] for policy in (fast, plain))
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
