@@ -46,6 +46,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -294,7 +295,8 @@ def keep_sounds(folder: Path, heard: EvaluationResult) -> None:
 @contextlib.contextmanager
 def workers(args: argparse.Namespace, count: int) -> Iterator[Any]:
     """Processes that have loaded what runs share."""
-    with multiprocessing.get_context("spawn").Pool(count, _begin, [args]) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(args,)) as pool:
         yield pool
 
 
@@ -308,7 +310,7 @@ def prices(args: argparse.Namespace, settings: Mapping[str, Setting]) -> dict[st
     ]
     if jobs:
         with workers(args, 1) as pool:
-            for job, seconds in zip(jobs, pool.imap(price, jobs), strict=True):
+            for job, seconds in zip(jobs, pool.map(price, jobs), strict=True):
                 known[job.name] = seconds
                 print(f"{job.name:18} {seconds:.3f} s an update", flush=True)
                 file.write_text(json.dumps(known, indent=1) + "\n")
@@ -347,7 +349,8 @@ def train(args: argparse.Namespace) -> None:
     todo = [job for job in jobs if job.key not in done]
     failed = []
     with workers(args, args.workers) as pool, (args.out / "runs.jsonl").open("a") as file:
-        for line in pool.imap_unordered(attempt, todo):
+        for done_job in as_completed([pool.submit(attempt, job) for job in todo]):
+            line = done_job.result()
             if "failure" in line:
                 failed.append(line["key"])
                 print(line["failure"], flush=True)

@@ -11,7 +11,7 @@ Shapes: B batch, T frames, D width, H heads. Where a time embedding is [1, D], o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -118,10 +118,13 @@ class ConvPositionEmbedding(nn.Module):
         self.conv1d = nn.Sequential(convolutions[0], nn.Mish(), convolutions[1], nn.Mish())
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        first, mish, second, _ = self.conv1d
-        x = zero_padding(x, mask).transpose(1, 2)
-        x = zero_padding(mish(first(x)).transpose(1, 2), mask).transpose(1, 2)
-        return zero_padding(mish(second(x)).transpose(1, 2), mask)  # Mish(0) = 0: before or after is one
+        for convolution in (self.conv1d[0], self.conv1d[2]):
+            x = F.mish(self.convolve(convolution, zero_padding(x, mask)))
+        return zero_padding(x, mask)  # Mish(0) = 0: before or after is one
+
+    def convolve(self, convolution: nn.Conv1d, x: Tensor) -> Tensor:
+        """x [B, T, D]."""
+        return convolution(x.transpose(1, 2)).transpose(1, 2)
 
 
 class AdaLayerNorm(nn.Module):
@@ -201,8 +204,12 @@ class SelfAttention(nn.Module):
         self.k_norm = _head_norm(qk_norm, dim_head)
         self.to_out = nn.ModuleList([nn.Linear(heads * dim_head, dim), nn.Dropout(dropout)])
 
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """Queries, keys, values [B, T, heads * dim_head]."""
+        return self.to_q(x), self.to_k(x), self.to_v(x)
+
     def forward(self, x: Tensor, mask: Tensor | None, rope: Rope) -> Tensor:
-        query, key, value = (split_heads(project(x), self.heads) for project in (self.to_q, self.to_k, self.to_v))
+        query, key, value = (split_heads(projected, self.heads) for projected in self.project(x))
         query = apply_rope(norm_heads(query, self.q_norm), rope, self.pe_attn_head)
         key = apply_rope(norm_heads(key, self.k_norm), rope, self.pe_attn_head)
         attended = mask[:, None, None, :] if self.attn_mask_enabled and mask is not None else None

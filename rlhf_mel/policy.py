@@ -130,7 +130,9 @@ def velocity_as_now(policy: Policy | ReferencePolicy, cond: Any) -> Velocity:
     if not isinstance(policy, nn.Module):
         return partial(policy.velocity, cond=cond)
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    return PureVelocity(keep_mode(policy, policy.velocity), cond, weights)
+    velocity = PureVelocity(keep_mode(policy, policy.velocity), cond, weights)
+    terms = getattr(policy, "velocity_terms", None)
+    return velocity if terms is None else replace(velocity, terms=terms)
 
 
 def collect_rollout(mels: Mapping[int, Tensor], trajectories: Mapping[int, Tensor] | None = None) -> Rollout:

@@ -31,6 +31,7 @@ fault and holds x_1 fixed too. The exact linear part is that of SDE-DPM-Solver++
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -175,6 +176,9 @@ class PureVelocity:
     """A pytree."""
     parameters: Sequence[Tensor]
     """Weights that have a gradient."""
+    terms: Callable[[Any], Sequence[tuple[Any, float]]] = lambda cond: [(cond, 1.0)]
+    """cond -> [(its part, factor)]: dx/dt = sum of factor * function(x, t, part). In backward() one term at a time runs
+    and holds its graph."""
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return self.function(x, t, self.cond)
@@ -216,11 +220,33 @@ class _Recomputed(torch.autograd.Function):
         needed = ctx.needs_input_grad
         cond = [_leaf(read, need) for read, need in zip(reads[weights:], needed[4 + weights :], strict=True)]
         inputs = [_leaf(x, needed[2]), _leaf(t, needed[3]), *reads[:weights], *cond]
-        with torch.enable_grad(), ctx.autocast():
-            v = ctx.velocity.function(inputs[0], inputs[1], tree_unflatten(cond, ctx.structure)).to(x.dtype)
         wanted = [value for value, need in zip(inputs, needed[2:], strict=True) if need]
-        found = iter(torch.autograd.grad(v, wanted, grads[0], allow_unused=True))
-        return None, None, *(next(found) if need else None for need in needed[2:])
+        found: list[Tensor | None] = [None] * len(wanted)
+        with torch.enable_grad():
+            terms = ctx.velocity.terms(tree_unflatten(cond, ctx.structure))
+        for part, factor in terms:
+            with torch.enable_grad(), ctx.autocast():
+                v = ctx.velocity.function(inputs[0], inputs[1], part).to(x.dtype)
+            _add_(found, torch.autograd.grad(v, wanted, factor * grads[0], allow_unused=True))
+            del v
+        gradients = iter(found)
+        return None, None, *(next(gradients) if need else None for need in needed[2:])
+
+
+def _add_(sums: list[Tensor | None], more: Sequence[Tensor | None]) -> None:
+    """Add to `sums`, in place where a sum has its memory to itself."""
+    owners = Counter(total.untyped_storage().data_ptr() for total in sums if total is not None)
+    own: list[tuple[Tensor, Tensor]] = []
+    for k, value in enumerate(more):
+        total = sums[k]
+        if total is None or value is None:
+            sums[k] = value if total is None else total
+        elif total.is_contiguous() and owners[total.untyped_storage().data_ptr()] == 1:
+            own.append((total, value))
+        else:
+            sums[k] = total + value
+    if own:
+        torch._foreach_add_([total for total, _ in own], [value for _, value in own])
 
 
 def _leaf(value: Any, needs_gradient: bool) -> Any:

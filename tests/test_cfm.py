@@ -235,6 +235,29 @@ def test_memory_of_a_gradient_does_not_grow_with_the_steps() -> None:
     assert run(16, checkpoint=False) / few > 3  # the measurement sees what it should
 
 
+def test_branches_of_guidance_one_after_the_other_have_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = gradients(double_cfm(), checkpoint=False)
+    monkeypatch.setattr("rlhf_mel.cfm.FULL_LOAD", 1)
+    cfm, calls = double_cfm(), []
+    velocity = cfm.velocity
+    cfm.velocity = lambda x, t, cond: calls.append(cond.guidance) or velocity(x, t, cond)  # type: ignore
+    assert_same_gradients(gradients(cfm, checkpoint=True), plain)
+    assert calls[-2:] == [0.0, 0.0] and calls[0] > 0
+
+
+def test_branches_of_guidance_one_after_the_other_take_half_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfm = tiny_cfm(dict(depth=6)).eval()
+
+    def step() -> None:
+        cfm.zero_grad(set_to_none=False)
+        loss_of(cfm, rows=3, steps=4, cfg_strength=2.0, duration=200).backward()
+
+    step()
+    together = peak_bytes(step)
+    monkeypatch.setattr("rlhf_mel.cfm.FULL_LOAD", 1)
+    assert 0.45 < peak_bytes(step) / together < 0.65
+
+
 # The eight behaviours of F5-TTS pull request 1299.
 
 
