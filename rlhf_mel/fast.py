@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_mel.nn import ConvPositionEmbedding, FeedForward, SelfAttention
-
 from rlhf_mel.policy import lora_layers
 
 GRAPHS_KEPT = 64
