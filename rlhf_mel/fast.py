@@ -23,18 +23,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from rlhf_mel.nn import ConvPositionEmbedding, FeedForward, SelfAttention
+from rlhf_mel.nn import FeedForward, Rope, SelfAttention
 from rlhf_mel.policy import lora_layers
 
-GRAPHS_KEPT = 64
-"""Shapes whose graphs are kept, those used last; all share one pool of memory."""
+GRAPHS_BYTES = 2**30
+"""What graphs' inputs and outputs may take; then shapes not used for longest go. The rest they share, a pool of it."""
 
 RECOMPILE_LIMIT = 64
 """Variants of a block that PyTorch may compile before it gives up: gradients, dtype, lengths, LoRA, autocast."""
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
-"""x, known mel, text embedding, time, mask: of a backbone's `velocity`."""
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Rope]
+"""x, known mel, text embedding, time, mask, rotary angles: of a backbone's `velocity`."""
 
 
 def compile_blocks(backbone: nn.Module) -> None:
@@ -67,17 +68,17 @@ class FastVelocity:
         self._adapted: list[Any] = []
 
     def __call__(
-        self, backbone: nn.Module, x: Tensor, known: Tensor, text: Tensor, t: Tensor, mask: Tensor | None, rope: Any
+        self, backbone: nn.Module, x: Tensor, known: Tensor, text: Tensor, t: Tensor, mask: Tensor | None, rope: Rope
     ) -> Tensor:
         """Velocity [B, T, M] in the twin's dtype; arguments as of the backbone's own `velocity`."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        inputs = (x.to(dtype), known.to(dtype), text.to(dtype), t, mask)
+        inputs = (x.to(dtype), known.to(dtype), text.to(dtype), t, mask, rope)
         with torch.no_grad(), torch.autocast(device, enabled=False):
             twin = self._twin(backbone, dtype, text)
             if device == "cuda" and self._options["cuda_graphs"]:
-                return self._graph(twin, inputs, rope)(inputs)
-            return twin.velocity(inputs, rope)
+                return self._graph(twin, inputs)(inputs)
+            return twin.velocity(inputs)
 
     def _twin(self, backbone: nn.Module, dtype: torch.dtype, text: Tensor) -> Twin:
         """The twin in `dtype` with the weights that the backbone has now; another one where LoRA is switched off."""
@@ -92,13 +93,13 @@ class FastVelocity:
         twin.follow(text)
         return twin
 
-    def _graph(self, twin: Twin, inputs: Inputs, rope: Any) -> _Graph:
-        key = (twin, *(None if value is None else value.shape for value in inputs))
+    def _graph(self, twin: Twin, inputs: Inputs) -> _Graph:
+        key = (twin, *(None if value is None else value.shape for value in tree_leaves(inputs)))
         graph = self._graphs.pop(key, None)
         if graph is None:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = _Graph(lambda static: twin.velocity(static, rope), inputs, self._pool)
-            while len(self._graphs) >= GRAPHS_KEPT:
+            graph = _Graph(twin.velocity, inputs, self._pool)
+            while self._graphs and sum(kept.bytes for kept in self._graphs.values()) + graph.bytes > GRAPHS_BYTES:
                 self._graphs.popitem(last=False)
         self._graphs[key] = graph
         return graph
@@ -131,7 +132,6 @@ class Twin:
             if type(module) in FASTER:
                 FASTER[type(module)].change(module)
         self._plain = [(weight, self._original(name)) for name, weight in twin.named_parameters()]
-        self._derived = [module for module in twin.modules() if isinstance(module, _BlockedConvolutions)]
         if compiled:
             compile_blocks(twin)
         self._seen: Any = None
@@ -151,8 +151,8 @@ class Twin:
             return self._backbone is backbone
         return self._backbone is backbone and self._structure == _structure(backbone)
 
-    def velocity(self, inputs: Inputs, rope: Any) -> Tensor:
-        *values, mask = inputs
+    def velocity(self, inputs: Inputs) -> Tensor:
+        *values, mask, rope = inputs
         return self._twin.velocity(*values, mask=mask, rope=rope)
 
     def follow(self, text: Tensor) -> None:
@@ -165,8 +165,6 @@ class Twin:
             return
         originals = [original if isinstance(original, Tensor) else original() for _, original in self._plain]
         torch._foreach_copy_([weight for weight, _ in self._plain], originals)
-        for module in self._derived:
-            module.follow()
         self._seen, self._text = seen, weakref.ref(text)
 
 
@@ -221,8 +219,9 @@ class _FusedGELU(FeedForward):
         module.__class__ = _FusedGELU
 
     def forward(self, x: Tensor) -> Tensor:
-        project_in, _, project_out = self.ff
-        return project_out(linear_gelu(x, project_in[0].weight, project_in[0].bias))
+        layers: Any = self.ff
+        (linear, _), _, project_out = layers
+        return project_out(linear_gelu(x, linear.weight, linear.bias))
 
 
 @torch.library.custom_op("rlhf_mel::linear_gelu", mutates_args=())
@@ -239,79 +238,21 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-class _BlockedConvolutions(ConvPositionEmbedding):
-    """Convolution over time as products of matrices: of BLOCK frames at once, with the kernel's Toeplitz matrices.
-
-    cuDNN takes the groups one after another, and 4 to 10 times as long.
-    """
-
-    BLOCK = 16
-
-    @staticmethod
-    def change(module: ConvPositionEmbedding) -> None:
-        module.__class__ = _BlockedConvolutions
-        for name, convolution in module._convolutions():
-            module.register_buffer(name, toeplitz(convolution, _BlockedConvolutions.BLOCK), persistent=False)
-
-    def _convolutions(self) -> Iterator[tuple[str, nn.Conv1d]]:
-        for index in (0, 2):
-            yield f"toeplitz_{index}", self.conv1d[index]
-
-    def follow(self) -> None:
-        """To be called when the weights have changed."""
-        for name, convolution in self._convolutions():
-            getattr(self, name).copy_(toeplitz(convolution, self.BLOCK))
-
-    def convolve(self, convolution: nn.Conv1d, x: Tensor) -> Tensor:
-        (name,) = (name for name, own in self._convolutions() if own is convolution)
-        return blocked_convolution(convolution, getattr(self, name), x)
-
-
-def toeplitz(convolution: nn.Conv1d, block: int) -> Tensor:
-    """[groups, parts, block * channels in, block * channels out] of a group: what frames do to frames.
-
-    `block` frames out read block + kernel - 1 frames in: so many `parts` of `block` frames.
-    """
-    groups, (kernel,) = convolution.groups, convolution.kernel_size
-    weight = convolution.weight.detach().unflatten(0, (groups, -1))  # [groups, out, in, kernel]
-    parts = -(-(block + kernel - 1) // block)
-    frames = torch.arange(parts * block, device=weight.device)
-    tap = frames.unsqueeze(1) - torch.arange(block, device=weight.device)
-    spread = weight[..., tap.clamp(0, kernel - 1)] * ((tap >= 0) & (tap < kernel))  # [groups, out, in, frame, frame]
-    matrices = spread.permute(0, 3, 2, 4, 1).unflatten(1, (parts, block))
-    return matrices.reshape(groups, parts, block * weight.shape[2], block * weight.shape[1])
-
-
-def blocked_convolution(convolution: nn.Conv1d, matrices: Tensor, x: Tensor) -> Tensor:
-    """`convolution` over the frames of x [B, T, D], by its `toeplitz` matrices."""
-    batch, frames, dim = x.shape
-    groups, parts, size, _ = matrices.shape
-    block = size // (dim // groups)
-    (before,) = convolution.padding
-    blocks = -(-frames // block) + parts - 1  # of an item: then none reaches into the next
-    padded = F.pad(x, (0, 0, before, blocks * block - frames - before)).view(batch * blocks, block, groups, -1)
-    rows = padded.permute(2, 0, 1, 3).reshape(groups, batch * blocks, size)
-    count = batch * blocks - (parts - 1)
-    out = torch.bmm(rows[:, :count], matrices[:, 0])
-    for part in range(1, parts):
-        out = torch.baddbmm(out, rows[:, part : part + count], matrices[:, part])
-    out = F.pad(out, (0, 0, 0, parts - 1)).view(groups, batch, blocks, block, -1)
-    return out.permute(1, 2, 3, 0, 4).reshape(batch, blocks * block, dim)[:, :frames] + convolution.bias
-
-
 FASTER: Mapping[type[nn.Module], Any] = {
     SelfAttention: _FusedProjections,
     FeedForward: _FusedGELU,
-    ConvPositionEmbedding: _BlockedConvolutions,
 }
 """What layers of a twin become."""
 
 
 class _Graph:
-    """A function of tensors as one CUDA graph, captured at `inputs` and replayed at others of their shapes."""
+    """A function of tensors as one CUDA graph, captured at `inputs` and replayed at others of their shapes.
+
+    Whatever the function reads must be among the inputs, or live as long as the graph.
+    """
 
     def __init__(self, function: Callable[[Inputs], Tensor], inputs: Inputs, pool: Any) -> None:
-        self._inputs: Any = tuple(None if value is None else value.clone() for value in inputs)
+        self._inputs: Any = tree_map(lambda value: None if value is None else value.clone(), inputs)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles, and lets cuBLAS and cuDNN allocate what they keep
@@ -320,9 +261,10 @@ class _Graph:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
             self._output = function(self._inputs)
+        self.bytes = sum(value.nbytes for value in tree_leaves((self._inputs, self._output)) if value is not None)
 
-    def __call__(self, inputs: Sequence[Tensor | None]) -> Tensor:
-        for static, value in zip(self._inputs, inputs, strict=True):
+    def __call__(self, inputs: Inputs) -> Tensor:
+        for static, value in zip(tree_leaves(self._inputs), tree_leaves(inputs), strict=True):
             if value is not None:
                 static.copy_(value)
         self._graph.replay()

@@ -43,13 +43,14 @@ def rotary_table(length_frames: int, dim_head: int, device: torch.device | None 
 
 
 def apply_rope(x: Tensor, rope: Rope, heads: int | None = None) -> Tensor:
-    """Rotate adjacent pairs of x [B, H, T, dim_head], in all heads or the first `heads`; at least float32."""
-    rotated = x if heads is None else x[:, :heads]
+    """Rotate adjacent pairs of x [B, T, H, dim_head], in all heads or the first `heads`; at least float32."""
+    rotated = x if heads is None else x[:, :, :heads]
     even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rope.cos.unsqueeze(1), rope.sin.unsqueeze(1)
     # a half-precision product with the float32 table is float32, under autocast too
-    pairs = (even * rope.cos - odd * rope.sin, odd * rope.cos + even * rope.sin)
+    pairs = (even * cos - odd * sin, odd * cos + even * sin)
     turned = torch.stack(pairs, dim=-1).flatten(-2).to(x.dtype)
-    return turned if heads is None else torch.cat((turned, x[:, heads:]), dim=1)
+    return turned if heads is None else torch.cat((turned, x[:, :, heads:]), dim=2)
 
 
 def position_table(length_frames: int, dim: int, device: torch.device | None = None) -> Tensor:
@@ -118,13 +119,21 @@ class ConvPositionEmbedding(nn.Module):
         self.conv1d = nn.Sequential(convolutions[0], nn.Mish(), convolutions[1], nn.Mish())
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        for convolution in (self.conv1d[0], self.conv1d[2]):
+        layers: Any = self.conv1d
+        for convolution in (layers[0], layers[2]):
             x = F.mish(self.convolve(convolution, zero_padding(x, mask)))
         return zero_padding(x, mask)  # Mish(0) = 0: before or after is one
 
-    def convolve(self, convolution: nn.Conv1d, x: Tensor) -> Tensor:
-        """x [B, T, D]."""
-        return convolution(x.transpose(1, 2)).transpose(1, 2)
+    @staticmethod
+    def convolve(convolution: nn.Conv1d, x: Tensor) -> Tensor:
+        """The same over x [B, T, D]; on a GPU as an image of height 1, whose grouped kernels read x as it lies."""
+        x = x.transpose(1, 2)
+        if not x.is_cuda:
+            return convolution(x).transpose(1, 2)
+        weight = convolution.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        padding = 0, convolution.kernel_size[0] // 2
+        out = F.conv2d(x.unsqueeze(2), weight, convolution.bias, padding=padding, groups=convolution.groups)
+        return out.squeeze(2).transpose(1, 2)
 
 
 class AdaLayerNorm(nn.Module):
@@ -213,9 +222,9 @@ class SelfAttention(nn.Module):
         query = apply_rope(norm_heads(query, self.q_norm), rope, self.pe_attn_head)
         key = apply_rope(norm_heads(key, self.k_norm), rope, self.pe_attn_head)
         attended = mask[:, None, None, :] if self.attn_mask_enabled and mask is not None else None
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=attended)
+        x = attention(query, key, value, attended)
         project_out, dropout = self.to_out
-        return zero_padding(dropout(project_out(x.transpose(1, 2).flatten(2))), mask)
+        return zero_padding(dropout(project_out(x)), mask)
 
 
 class JointAttention(nn.Module):
@@ -251,11 +260,11 @@ class JointAttention(nn.Module):
         """What audio x [B, T, D] and text [B, N, D] take in; None for a text that no one reads any more."""
         audio = self._heads(x, (self.to_q, self.to_k, self.to_v), (self.q_norm, self.k_norm), rope)
         words = self._heads(text, (self.to_q_c, self.to_k_c, self.to_v_c), (self.c_q_norm, self.c_k_norm), text_rope)
-        query, key, value = (torch.cat(pair, dim=2) for pair in zip(audio, words, strict=True))
+        query, key, value = (torch.cat(pair, dim=1) for pair in zip(audio, words, strict=True))
         attended = None
         if self.attn_mask_enabled and mask is not None:
             attended = torch.cat((mask, text_mask), dim=1)[:, None, None, :]
-        taken = F.scaled_dot_product_attention(query, key, value, attn_mask=attended).transpose(1, 2).flatten(2)
+        taken = attention(query, key, value, attended)
         project_out, dropout = self.to_out
         heard = zero_padding(dropout(project_out(taken[:, : x.shape[1]])), mask)
         if self.to_out_c is None:
@@ -269,8 +278,14 @@ class JointAttention(nn.Module):
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, T, heads * dim_head] to [B, heads, T, dim_head]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """[B, T, heads * dim_head] to [B, T, heads, dim_head]."""
+    return x.unflatten(-1, (heads, -1))
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention of [B, T, heads, dim_head], which kernels read without a copy; [B, T, heads * dim_head]."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def norm_heads(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:

@@ -513,6 +513,7 @@ def _pipeline(
             torch.manual_seed(args.seed)  # peft draws its first weights from the global generator of the CPU
             policy = add_lora(policy, peft_config)
     policy.to(args.device)  # before the reference is copied, so that it lies on the same device
+    _speed_up(policy, args)
     return Pipeline(
         policy=policy,
         vocoder=vocoder,
@@ -525,6 +526,22 @@ def _pipeline(
             method=args.solver,
         ),
     )
+
+
+def _speed_up(policy: Any, args: RLHFConfig) -> None:
+    on_gpu = args.device.type == "cuda"
+    if args.cuda_graphs and not on_gpu:
+        raise ValueError(f"cuda_graphs: expected a GPU, got {args.device}; remove the option")
+    cuda_graphs = on_gpu if args.cuda_graphs is None else args.cuda_graphs
+    if not (cuda_graphs or args.compile_policy):
+        return
+    if hasattr(policy, "speed_up"):
+        policy.speed_up(compiled=args.compile_policy, cuda_graphs=cuda_graphs)
+    elif args.cuda_graphs or args.compile_policy:
+        raise ValueError(
+            f"torch_compile, cuda_graphs: expected a policy with a method speed_up, as CFM has, got {type(policy)};"
+            " remove the options"
+        )
 
 
 def _check_launch(args: RLHFConfig) -> None:

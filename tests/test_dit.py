@@ -108,13 +108,13 @@ def test_upsampling_of_no_text_is_silence() -> None:
 
 def test_rope_turns_adjacent_pairs_by_their_angle() -> None:
     """Pair i at position n turns by n 10000^(-2i/d); here d = 4, so by n and n / 100 radians."""
-    x = torch.tensor([1.0, 0.0, 0.0, 1.0]).expand(1, 2, 6, 4)
-    turned = apply_rope(x, rotary_table(6, 4))[0, 0, 5]
+    x = torch.tensor([1.0, 0.0, 0.0, 1.0]).expand(1, 6, 2, 4)
+    turned = apply_rope(x, rotary_table(6, 4))[0, 5, 0]
     angles = torch.tensor([5.0, 0.05])
     expected = torch.stack((angles.cos()[0], angles.sin()[0], -angles.sin()[1], angles.cos()[1]))
     assert_close(turned, expected, rtol=1e-6, atol=1e-6)
     first_only = apply_rope(x, rotary_table(6, 4), heads=1)
-    assert torch.equal(first_only[0, 1], x[0, 1]) and not torch.equal(first_only[0, 0], x[0, 0])
+    assert torch.equal(first_only[:, :, 1], x[:, :, 1]) and not torch.equal(first_only[:, :, 0], x[:, :, 0])
 
 
 def test_rope_keeps_its_precision_in_half_weights_and_under_autocast() -> None:
@@ -123,7 +123,7 @@ def test_rope_keeps_its_precision_in_half_weights_and_under_autocast() -> None:
     exact = 940.0 / 10_000.0 ** (torch.arange(0, 16, 2, dtype=torch.float64) / 16)
     assert table.cos.dtype == torch.float32
     assert_close(table.cos[940].double(), exact.cos(), rtol=0, atol=1e-4)
-    x = torch.randn(1, 1, 941, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(1, 941, 1, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         turned = apply_rope(x, table)
     assert torch.equal(turned, apply_rope(x.float(), table).bfloat16())
