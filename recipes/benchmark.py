@@ -27,8 +27,10 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 import types
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -43,6 +45,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback
 
 from rlhf_mel.cfm import CFM
 from rlhf_mel.models.dit import DiT
@@ -270,7 +273,6 @@ def case_sample(bench: Bench, steps: int, batch: int, *, upstream: bool) -> None
         ways = {
             "plain": bench.ours(fast=False),
             "compiled": bench.ours(fast=False).speed_up(),
-            "weights cast once": bench.ours(fast=False).speed_up(compiled=False, cuda_graphs=False),
             "compiled, cast once": bench.ours(fast=False).speed_up(cuda_graphs=False),
             "cast once, CUDA graph": bench.ours(fast=False).speed_up(compiled=False),
             "fast (all of it)": bench.ours(fast=True),
@@ -343,6 +345,91 @@ def case_draft1(bench: Bench, steps: int, batch: int, *, upstream: bool) -> None
         bench.measure(f"DRaFT-1, batch {batch}", name, partial(ours, bench.ours(fast=fast)))
 
 
+def case_update(bench: Bench, steps: int, batch: int, *, upstream: bool) -> None:
+    """RLHFTrainer with DRaFT-1 and DistillMOS on prompts of the bundled set: where the time of an update goes.
+
+    The rollouts of an update are of one prompt, and so of one length; four prompts, so that lengths come again. What is
+    not in a part is the trainer's: data, logging, callbacks, gradient clipping.
+    """
+    from rlhf_mel import RLHFConfig, RLHFTrainer, load_prompts  # needs more packages than the other cases
+    from rlhf_mel.text import load_tokenizer
+
+    prompts = load_prompts("tiny", split="train").head(4)
+    letters = sorted(
+        {letter for row in range(4) for letter in f"{prompts[row]['text']}{prompts[row]['reference_text']}"}
+    )
+    policy = CFM(
+        DiT(**bench.arch),
+        mel_spec_kwargs={"mel_spec_type": "vocos"},
+        vocab_char_map={letter: index for index, letter in enumerate(letters)},
+        tokenizer=load_tokenizer("char"),
+    )
+    policy.transformer.load_state_dict(bench.weights)
+    seconds: dict[str, list[float]] = defaultdict(list)
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            bench.synchronize()
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            bench.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+            return result
+
+        return run
+
+    class Clock(TrainerCallback):
+        last = 0.0
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            bench.synchronize()
+            now = time.perf_counter()
+            seconds["update"].append(now - self.last)
+            self.last = now
+
+    updates = 8 + 3 * bench.repeats
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = RLHFTrainer(
+            policy,
+            reward_models=["mos"],
+            vocoder="tiny",
+            recognizer="none",
+            train_dataset=prompts,
+            callbacks=[Clock()],
+            args=RLHFConfig(
+                output_dir=folder,
+                algorithm="draft",
+                algorithm_kwargs={"grad_steps": 1},
+                learning_rate=1e-7,
+                bf16=bench.amp,
+                torch_compile=bench.amp,
+                use_cpu=bench.device.type == "cpu",
+                optim="adamw_torch_fused",
+                num_generations=batch,
+                per_device_train_batch_size=batch,
+                sampling_steps=steps,
+                max_steps=updates,
+                num_eval_prompts=0,
+                save_strategy="no",
+                disable_tqdm=True,
+            ),
+        )
+        pipeline = trainer.pipeline
+        for name, part in {"rollout": "rollout", "vocoder and reward": "score"}.items():
+            object.__setattr__(pipeline, part, timed(name, getattr(pipeline, part)))
+        trainer.accelerator.backward = timed("backward", trainer.accelerator.backward)
+        trainer.create_optimizer()
+        trainer.optimizer.step = timed("optimizer", trainer.optimizer.step)
+        trainer.train()
+    parts = {name: statistics.median(values[8:]) for name, values in seconds.items()}
+    parts["trainer, logging, data"] = statistics.median(
+        whole - sum(values) for whole, *values in list(zip(seconds.pop("update"), *seconds.values(), strict=True))[8:]
+    )
+    for name, median in parts.items():
+        bench.rows.append(Row(f"DRaFT-1 in RLHFTrainer, batch {batch}", name, median, 1.0, None, None))
+        print(format_row(bench.rows[-1]), flush=True)
+
+
 def case_long(bench: Bench, steps: int, batch: int, *, upstream: bool) -> None:
     """Twice the batch, twice the length, twice the steps, the full gradient."""
     frames = 2 * bench.frames - 5
@@ -378,6 +465,7 @@ CASES: dict[str, Callable[..., None]] = {
     "cache": case_cache,
     "draft1": case_draft1,
     "gradient": case_gradient,
+    "update": case_update,
     "long": case_long,
 }
 

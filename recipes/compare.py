@@ -20,8 +20,9 @@ missing: prices.json; runs.jsonl, a line a run; logs/; sounds/NAME_SEED/ROW.ogg,
 errors if a model is named), and writes judged.jsonl, table.md, comparison.json and comparison.png. Guards that fail are
 those of rlhf_mel/evaluate.py, which ask DNSMOS to rise by 0.05; cer is no independent judge here, wer is.
 
---tune trains on the first 168 training prompts and listens to the other 32, once for each of VARIANTS; it prints which
-did best without losing the words (CER at most 0.02 above the base), and writes these to settings.json.
+--tune trains on the first 168 training prompts and listens to the other 32, once for each of VARIANTS and of --factors
+of its learning rate; it prints which did best without losing the words (CER at most 0.02 above the base), and writes
+these to settings.json as it goes.
 
 Leaves out: full fine-tuning, guidance, several updates from one batch of rollouts, learning rate schedules.
 Hardware: one GPU and a core a worker. For a look on two CPU cores, about two minutes:
@@ -109,13 +110,8 @@ SETTINGS = {
     "awm": Setting(learning_rate=1e-3),
     "ram": Setting(learning_rate=1e-3),
 }
-FACTORS = (1 / 3, 1, 3)
-"""Of the learning rate, in the tuning."""
 VARIANTS: Mapping[str, Sequence[Setting]] = {
-    "adjoint_matching": [
-        Setting(learning_rate=1e-3, beta=beta, options={"max_push": most})
-        for beta, most in itertools.product((0.01, 0.1), (0.3, 1.0))
-    ]
+    "adjoint_matching": [Setting(learning_rate=1e-3, beta=beta, options={"max_push": 1.0}) for beta in (0.01, 0.1)]
 }
 """Where tuning begins from more than the setting above."""
 
@@ -211,6 +207,7 @@ class Bench:
             beta=job.setting.beta,
             learning_rate=job.setting.learning_rate,
             max_steps=job.updates,
+            cuda_graphs=False if self.args.no_cuda_graphs else None,
             per_device_train_batch_size=self.args.rollouts,
             num_generations=self.args.generations,
             seed=job.seed,
@@ -251,7 +248,8 @@ def price(job: Job) -> float:
 def run(job: Job) -> dict[str, Any]:
     """The line of runs.jsonl; its log and sounds are written here."""
     started = time.perf_counter()
-    ear = Listen(BENCH, job.seed, evaluation_points(job.updates) if job.updates else [])
+    points = [job.updates] if BENCH.args.tune else evaluation_points(job.updates)
+    ear = Listen(BENCH, job.seed, points if job.updates else [])
     line: dict[str, Any] = dataclasses.asdict(job) | {"key": job.key}
     if job.setting is None:
         policy = load_policy("tiny").to(BENCH.device)
@@ -318,25 +316,25 @@ def prices(args: argparse.Namespace, settings: Mapping[str, Setting]) -> dict[st
 
 
 def jobs_of(args: argparse.Namespace, settings: Mapping[str, Setting], known: Mapping[str, float]) -> list[Job]:
-    """The runs, all of about one length, and the baselines."""
+    """The baselines, and the runs, all of about one length."""
     jobs = []
-    seeds = args.seeds[:1] if args.tune else args.seeds
-    for seed, name in itertools.product(seeds, args.algorithms):
-        shared = {"seed": seed, "price_s": known[name], "updates": affordable_updates(args.seconds, known[name])}
-        if not args.tune:
-            jobs.append(Job(name=name, setting=settings[name], **shared))
-            continue
-        for number, setting in enumerate(variants(name, settings[name])):
-            jobs.append(Job(name=name, setting=setting, variant=f"_{number}", **shared))
-    untrained = (BASE,) if args.tune else (BASE, BEST_OF)
-    return [*jobs, *(Job(name=name, seed=seed) for seed in seeds for name in untrained)]
+    for seed in args.seeds[:1] if args.tune else args.seeds:
+        jobs += [Job(name=name, seed=seed) for name in ([BASE] if args.tune else [BASE, BEST_OF])]
+        for name in args.algorithms:
+            shared = {"seed": seed, "price_s": known[name], "updates": affordable_updates(args.seconds, known[name])}
+            if not args.tune:
+                jobs.append(Job(name=name, setting=settings[name], **shared))
+                continue
+            for number, setting in enumerate(variants(name, settings[name], args.factors)):
+                jobs.append(Job(name=name, setting=setting, variant=f"_{number}", **shared))
+    return jobs
 
 
-def variants(name: str, setting: Setting) -> list[Setting]:
+def variants(name: str, setting: Setting, factors: Sequence[float]) -> list[Setting]:
     return [
         dataclasses.replace(start, learning_rate=factor * start.learning_rate)
         for start in VARIANTS.get(name, [setting])
-        for factor in FACTORS
+        for factor in factors
     ]
 
 
@@ -358,8 +356,8 @@ def train(args: argparse.Namespace) -> None:
             file.write(json.dumps(line) + "\n")
             file.flush()
             print(_said(line), flush=True)
-    if args.tune:
-        write_settings(args.out, read_lines(args.out / "runs.jsonl"))
+            if args.tune:
+                write_settings(args.out, read_lines(args.out / "runs.jsonl"))
     if failed:
         raise SystemExit(f"compare.py: {failed} failed; a second call tries them again")
 
@@ -375,12 +373,11 @@ def _said(line: Mapping[str, Any]) -> str:
 
 
 def write_settings(out: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """settings.json: the best of the tuning, as --settings reads it."""
-    (base,) = [line for line in lines if line["name"] == BASE]
+    """settings.json: the best of the tuning so far, as --settings reads it."""
+    base = next((line for line in lines if line["name"] == BASE), None)
+    if base is None:
+        return
     best = best_settings([line for line in lines if line["name"] != BASE], base, cer_slack=CER_SLACK)
-    print("best, base", f"{base['curve'][-1]['reward']:.3f}")
-    for line in best.values():
-        print(_said(line))
     (out / "settings.json").write_text(json.dumps({name: line["setting"] for name, line in best.items()}, indent=1))
 
 
@@ -398,12 +395,16 @@ def judge(args: argparse.Namespace) -> None:
         print(f"left out: {line['key']} ended before its first evaluation: {line['error']}")
     lines = [line for line in lines if line["curve"]]
     cache = args.out / "judged.jsonl"
-    judged = {line["key"]: line["measures"] for line in read_lines(cache)}
-    todo = [line["key"] for line in lines if line["key"] not in judged]
-    hear = functools.partial(heard_measures, args.out, args.whisper)
+    judged: dict[str, dict[str, list[float]]] = {line["key"]: {} for line in lines}
+    for line in read_lines(cache):
+        judged[line["key"]] |= line["measures"]
+    todo = [key for key, measures in judged.items() if not set(measures) - {"wer"}]
+    todo_wer = [key for key, measures in judged.items() if args.whisper and "wer" not in measures]
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool, cache.open("a") as file:
-        for key, measures in zip(todo, pool.imap(hear, todo), strict=True):
-            judged[key] = measures
+        heard = zip(todo, pool.imap(functools.partial(heard_measures, args.out), todo), strict=True)
+        words = zip(todo_wer, pool.imap(functools.partial(word_errors, args.out, args.whisper), todo_wer), strict=True)
+        for key, measures in itertools.chain(heard, words):
+            judged[key] |= measures
             file.write(json.dumps({"key": key, "measures": measures}) + "\n")
             file.flush()
             print(key, {name: round(float(np.nanmean(values)), 3) for name, values in measures.items()}, flush=True)
@@ -415,28 +416,29 @@ def judge(args: argparse.Namespace) -> None:
     print(markdown(rows))
 
 
-def heard_measures(out: Path, whisper: Path | None, key: str) -> dict[str, list[float]]:
+def heard_measures(out: Path, key: str) -> dict[str, list[float]]:
     """What the judges say of a run's sounds, a value a prompt."""
+    waveforms, rate_hz = kept_sounds(out, key)
+    lengths = torch.tensor([len(waveform) for waveform in waveforms])
+    padded = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
+    unheard = torch.zeros(len(lengths), 1, 1), torch.ones(len(lengths), dtype=torch.long)  # these judges hear no mel
+    audio = Audio(padded, lengths, rate_hz, *unheard)
+    return {name: values.tolist() for own in DEFAULT_JUDGES for name, values in own(audio).items()}
+
+
+def word_errors(out: Path, whisper: Path, key: str) -> dict[str, list[float]]:
+    """Whisper's word error rate, a value a prompt."""
+    waveforms, rate_hz = kept_sounds(out, key)
+    prompts, listener = load_prompts("tiny", split="heldout"), _whisper(whisper)
+    pairs = ((prompts[row]["text"], transcript(listener, heard, rate_hz)) for row, heard in enumerate(waveforms))
+    return {"wer": [jiwer.wer(letters(text), letters(heard) or " ") for text, heard in pairs]}
+
+
+def kept_sounds(out: Path, key: str) -> tuple[list[torch.Tensor], int]:
     torch.set_num_threads(1)
     files = sorted((out / "sounds" / key).glob("*.ogg"))
     waveforms = [torch.from_numpy(soundfile.read(file, dtype="float32")[0]) for file in files]
-    rate_hz = soundfile.info(files[0]).samplerate
-    lengths = torch.tensor([len(waveform) for waveform in waveforms])
-    padded = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
-    unheard = torch.zeros(len(files), 1, 1), torch.ones(len(files), dtype=torch.long)  # these judges hear no mel
-    audio = Audio(padded, lengths, rate_hz, *unheard)
-    measures = {name: values.tolist() for own in DEFAULT_JUDGES for name, values in own(audio).items()}
-    if whisper is not None:
-        measures["wer"] = word_error_rates(waveforms, rate_hz, whisper)
-    return measures
-
-
-def word_error_rates(waveforms: Sequence[torch.Tensor], rate_hz: int, whisper: Path) -> list[float]:
-    prompts, listener = load_prompts("tiny", split="heldout"), _whisper(whisper)
-    return [
-        jiwer.wer(letters(prompts[row]["text"]), letters(transcript(listener, waveform, rate_hz)) or " ")
-        for row, waveform in enumerate(waveforms)
-    ]
+    return waveforms, soundfile.info(files[0]).samplerate
 
 
 _whisper = functools.cache(load_whisper)
@@ -456,6 +458,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     training.add_argument("--priced_updates", type=int, default=12, help="updates that the price is the mean of")
     training.add_argument("--settings", type=Path, help="settings.json of a tuning; default: SETTINGS")
     training.add_argument("--tune", action="store_true", help="try VARIANTS on training prompts, for the first seed")
+    training.add_argument(
+        "--factors", nargs="+", type=float, default=[1 / 3, 1, 3], help="of the learning rate, in --tune"
+    )
+    training.add_argument("--no_cuda_graphs", action="store_true", help="on a GPU: as it is without them")
     training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     judging = commands.add_parser("judge", help="hear what was kept, write table and plot")
     judging.set_defaults(command=judge)

@@ -31,9 +31,7 @@ def spoken(policy: CFM, **options: Any) -> Tensor:
 
 def fast_cfm(backbone: str = "DiT") -> tuple[CFM, CFM]:
     """The same policy twice, plain and fast; without a compiler, which another test uses."""
-    plain, fast = (
-        CFM(tiny_backbone(backbone), mel_spec_kwargs=MEL, vocab_char_map=dict(VOCABULARY)) for _ in range(2)
-    )
+    plain, fast = (CFM(tiny_backbone(backbone), mel_spec_kwargs=MEL, vocab_char_map=dict(VOCABULARY)) for _ in range(2))
     fast.load_state_dict(plain.state_dict())
     return plain, fast.speed_up(compiled=False)
 
