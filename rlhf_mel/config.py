@@ -161,6 +161,10 @@ class RLHFConfig(TrainingArguments):
     )
     solver: str = field(default="euler", metadata=_help("Method of the ODE solve: 'euler', 'midpoint', ..."))
 
+    reward_batch_size: int | None = field(
+        default=None,
+        metadata=_help("Rollouts that vocoder and rewards hear at once, to save memory; default: all of the batch."),
+    )
     torch_compile: bool = field(
         default=False,
         metadata=_help(
@@ -245,6 +249,9 @@ def _check_numbers(config: RLHFConfig) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    size = config.reward_batch_size
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(f"reward_batch_size must be a whole number of at least 1, or None for all, got {size!r}")
     for name in ("beta", "cfg_strength", "train_cfg_strength"):
         value = getattr(config, name)
         if value is None and name == "train_cfg_strength":

@@ -48,9 +48,9 @@ class MovingAverage:
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """average <- decay average + (1 - decay) weights; decay 0 makes it an exact copy."""
-        for name, parameter in self._trained():
-            average = self._average[name]
-            average.lerp_(parameter.to(average.dtype), 1 - decay)
+        averages = [self._average[name] for name, _ in self._trained()]
+        weights = [weight.to(average.dtype) for (_, weight), average in zip(self._trained(), averages, strict=True)]
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[Any]:

@@ -525,6 +525,7 @@ def _pipeline(
             sway_sampling_coef=args.sway_sampling_coef,
             method=args.solver,
         ),
+        reward_batch_size=args.reward_batch_size,
     )
 
 

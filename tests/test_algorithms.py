@@ -343,3 +343,19 @@ def test_pool_counts_rollouts_alike_whatever_their_batch() -> None:
         "dropped_rollouts": 2,
         "anchor": 0.5,
     }
+
+
+def test_sound_in_parts_has_the_same_scores_and_gradient(prompts: Prompts) -> None:
+    policy, _ = policy_and_reference(lora=False)
+    found = []
+    for size in (None, 2, 1):
+        parts = dataclasses.replace(pipeline(policy, None), reward_batch_size=size)
+        spoken, _ = parts.rollout(prompts, torch.Generator().manual_seed(0), grad_steps=1)
+        scores = parts.score(spoken, prompts)
+        policy.zero_grad()
+        scores.total.mean().backward()
+        gradients = [weight.grad for weight in policy.parameters() if weight.grad is not None]
+        found.append([scores.total.detach(), scores.breakdown["near_tenth"].detach(), *gradients])
+    for other in found[1:]:
+        for value, whole in zip(other, found[0], strict=True):
+            torch.testing.assert_close(value, whole, rtol=1e-5, atol=1e-8)

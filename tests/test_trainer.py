@@ -207,6 +207,18 @@ def test_only_the_policy_is_trained_saved_and_wrapped(tmp_path: Path, dataset: P
     assert torch.equal(run.pipeline.reference.encode(prompts).text, untrained)
 
 
+def test_blocks_are_compiled_and_nothing_else(tmp_path: Path, dataset: PromptDataset) -> None:
+    assert trainer(tmp_path, dataset).policy.fast is None
+    run = trainer(tmp_path, dataset, torch_compile=True)
+    assert run.policy.fast is not None and not run.args.torch_compile
+    compiled = [name for name, module in run.model.named_modules() if module._compiled_call_impl is not None]
+    assert compiled == [f"policy.transformer.transformer_blocks.{k}" for k in range(len(compiled))] and compiled
+    with pytest.raises(ValueError, match="cuda_graphs: expected a GPU, got cpu"):
+        trainer(tmp_path, dataset, cuda_graphs=True)
+    with pytest.raises(ValueError, match="torch_compile_backend and torch_compile_mode: expected none"):
+        trainer(tmp_path, dataset, torch_compile_mode="max-autotune")
+
+
 def test_without_beta_there_is_no_reference(tmp_path: Path, dataset: PromptDataset) -> None:
     assert trainer(tmp_path, dataset, beta=0.0).pipeline.reference is None
 

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 import rlhf_mel.algorithms
 from rlhf_mel.advantages import score_advantages
@@ -133,6 +134,8 @@ class Pipeline:
     reference: ReferencePolicy | None
     """The policy before training; None where nothing is anchored to it (beta = 0)."""
     sampling: Sampling = Sampling()
+    reward_batch_size: int | None = None
+    """Rollouts that vocoder and rewards hear at once; None: all."""
 
     def rollout(
         self,
@@ -187,9 +190,28 @@ class Pipeline:
         return spoken, trajectories
 
     def score(self, spoken: Rollout, prompts: Prompts) -> Scores:
-        """What the rewards say of a rollout, in float32 whatever the autocast around it."""
+        """What the rewards say of a rollout, in float32 whatever the autocast around it.
+
+        In parts of `reward_batch_size`, of which backward() holds the graph of one at a time and computes it again.
+        """
         with torch.autocast(spoken.mel.device.type, enabled=False):
-            return self.rewards(sound(self.vocoder, dataclasses.replace(spoken, mel=spoken.mel.float())), prompts)
+            spoken = dataclasses.replace(spoken, mel=spoken.mel.float())
+            parts = torch.arange(len(prompts)).split(self.reward_batch_size or len(prompts))
+            if len(parts) == 1:
+                return self.rewards(sound(self.vocoder, spoken), prompts)
+            scores = [self._score_part(spoken, prompts, rows.tolist()) for rows in parts]
+        breakdown = {name: torch.cat([score.breakdown[name] for score in scores]) for name in self.rewards.names}
+        return Scores(total=torch.cat([score.total for score in scores]), breakdown=breakdown)
+
+    def _score_part(self, spoken: Rollout, prompts: Prompts, rows: list[int]) -> Scores:
+        lengths = spoken.lengths_frames[rows]
+        chosen = prompts.select(rows)
+
+        def score(mel: Tensor) -> Scores:
+            return self.rewards(sound(self.vocoder, Rollout(mel=mel, lengths_frames=lengths)), chosen)
+
+        mel = spoken.mel[rows, : int(lengths.max())]
+        return recompute(score, mel, use_reentrant=False) if mel.requires_grad else score(mel)
 
 
 def _check_finite(mel: Tensor) -> None:
