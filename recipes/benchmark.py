@@ -9,9 +9,10 @@ anything is timed, mel and gradient of both are compared with float32: the fast 
 f5-tts's own bfloat16 by more than a quarter. Upstream's gradients are taken in the two ways there are: F5-TTS's pull
 request 1299 (no_grad taken off `sample`, nothing cached) and the same with torch's checkpoint around each velocity.
 
-Times are medians after a warm-up, between synchronisations; GiB are the peak of allocated memory over what the weights
-take; TFLOP/s count products, convolutions and attention of the velocities once (a gradient three times, what runs again
-in backward not at all) over the rate of a large product of matrices, measured in the same run.
+Times are medians after a warm-up, between synchronisations; GiB are the most that PyTorch had reserved at once, warm-up
+and memory of CUDA graphs included, over what the weights take; TFLOP/s count products, convolutions and attention of
+the velocities once (a gradient three times, what runs again in backward not at all) over the rate of a large product of
+matrices, measured in the same run.
 
 Leaves out: vocoder and reward in all cases but `update`; other GPUs than the one it runs on; batches of mixed lengths.
 Number to expect: docs/benchmarks.md.
@@ -20,6 +21,7 @@ Number to expect: docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import importlib.machinery
 import importlib.util
@@ -110,6 +112,12 @@ class Bench:
         policy = self._loaded(DiT, CFM)
         return policy.speed_up() if fast else policy
 
+    def compiled(self) -> CFM:
+        """Compiled blocks, and nothing else."""
+        policy = self.ours(fast=False).speed_up()
+        policy.fast = None
+        return policy
+
     def upstream(self) -> Any:
         classes = import_f5_tts()
         return self._loaded(classes["DiT"], classes["CFM"])
@@ -135,38 +143,46 @@ class Bench:
             torch.cuda.synchronize()
 
     def measure(
-        self, case: str, who: str, run: Callable[[], Any], *, flops: float | None = None, repeats: int | None = None
-    ) -> Row:
-        """Time `run` and its peak memory; what runs out of memory is a row without numbers."""
-        repeats = repeats or self.repeats
+        self,
+        case: str,
+        who: str,
+        make: Callable[[], Any],
+        run: Callable[[Any], Any],
+        *,
+        flops: float | None = None,
+        repeats: int | None = None,
+    ) -> None:
+        """Time `run` of a new model of `make`, and its peak memory; out of memory is a row without numbers."""
+        model = make()
+        weights = sum(weight.nbytes for weight in model.parameters())
+        self._forget()
         try:
-            run()  # warm-up
+            run(model)  # warm-up
             self.synchronize()
-            before = self._reset_peak()
             seconds = []
-            for _ in range(repeats):
+            for _ in range(repeats or self.repeats):
                 start = time.perf_counter()
-                run()
+                run(model)
                 self.synchronize()
                 seconds.append(time.perf_counter() - start)
         except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
             row = Row(case, who, float("nan"), float("nan"), float("nan"), None)
         else:
             median = statistics.median(seconds)
-            peak = (torch.cuda.max_memory_allocated() - before) / GIB if self.device.type == "cuda" else None
+            peak = (torch.cuda.max_memory_reserved() - weights) / GIB if self.device.type == "cuda" else None
             rate = None if flops is None else flops / median / 1e12
             row = Row(case, who, median, max(seconds) / min(seconds), peak, rate)
         self.rows.append(row)
         print(format_row(row), flush=True)
-        return row
+        del model
+        self._forget()
 
-    def _reset_peak(self) -> int:
-        if self.device.type != "cuda":
-            return 0
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
+    def _forget(self) -> None:
+        """Free what models that are gone have left."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def flops(self, batch: int, steps: int, frames: int | None = None) -> float:
         """Of `steps` velocities with guidance: products, convolutions, attention."""
@@ -202,8 +218,9 @@ def sample(bench: Bench, model: Any, inputs: dict[str, Any], steps: int, **optio
         return model.sample(**inputs, steps=steps, cfg_strength=2.0, sway_sampling_coef=-1.0, **options)[0]
 
 
-def with_gradients(model: Any, *, checkpointed: bool) -> Any:
+def with_gradients(upstream: Callable[[], Any], *, checkpointed: bool) -> Any:
     """f5-tts's CFM in the way of its pull request 1299: `sample` without no_grad and without a cache."""
+    model = upstream()
     forward = model.transformer.forward
 
     def run(*args: Any, cache: bool = True, **kwargs: Any) -> Tensor:
@@ -250,7 +267,7 @@ def check_values(bench: Bench, steps: int, *, upstream: bool) -> dict[str, float
     errors["mel, fast"], errors["gradient, fast"] = distance(fast, cache=False)
     errors["mel, plain"], errors["gradient, plain"] = distance(exact, cache=False)
     if upstream:
-        theirs = with_gradients(bench.upstream(), checkpointed=True)
+        theirs = with_gradients(bench.upstream, checkpointed=True)
         names = {id(weight): name for name, weight in theirs.named_parameters()}
         assert len(names) == len(list(exact.parameters()))
         errors["mel, f5-tts"], errors["gradient, f5-tts"] = distance(theirs)
@@ -264,57 +281,59 @@ def check_values(bench: Bench, steps: int, *, upstream: bool) -> dict[str, float
 
 def case_sample(bench: Bench, steps: int, batch: int, *, upstream: bool) -> None:
     """Sampling without gradients, and what each part of the fast way brings."""
+    ways: dict[str, Callable[[], Any]] = {
+        "f5-tts": bench.upstream,
+        "plain": partial(bench.ours, fast=False),
+        "compiled": bench.compiled,
+        "compiled, cast once": lambda: bench.ours(fast=False).speed_up(cuda_graphs=False),
+        "cast once, CUDA graph": lambda: bench.ours(fast=False).speed_up(compiled=False),
+        "fast (all of it)": partial(bench.ours, fast=True),
+    }
+    if not upstream:
+        del ways["f5-tts"]
     for size in dict.fromkeys((batch, 1)):
         inputs, flops = bench.inputs(size), bench.flops(size, steps)
-        if upstream:
-            model = bench.upstream()
-            bench.measure(f"sample, batch {size}", "f5-tts", partial(sample, bench, model, inputs, steps), flops=flops)
-            del model
-        ways = {
-            "plain": bench.ours(fast=False),
-            "compiled": bench.ours(fast=False).speed_up(),
-            "compiled, cast once": bench.ours(fast=False).speed_up(cuda_graphs=False),
-            "cast once, CUDA graph": bench.ours(fast=False).speed_up(compiled=False),
-            "fast (all of it)": bench.ours(fast=True),
-        }
-        ways["compiled"].fast = None
-        for name, policy in ways.items():
-            bench.measure(f"sample, batch {size}", name, partial(sample, bench, policy, inputs, steps), flops=flops)
+        run = partial(sample, bench, inputs=inputs, steps=steps)
+        for name, make in ways.items():
+            bench.measure(f"sample, batch {size}", name, make, run, flops=flops)
 
 
 def case_gradient(bench: Bench, steps: int, batch: int, *, upstream: bool) -> None:
     """The exact gradient through all steps."""
-    inputs, flops = bench.inputs(batch), 3 * bench.flops(batch, steps)
 
-    def run(model: Any, inputs: dict[str, Any], steps: int, **options: Any) -> None:
-        backward_of(sample(bench, model, inputs, steps, **options), model)
+    def measure(case: str, who: str, make: Callable[[], Any], size: int, count: int, **options: Any) -> None:
+        inputs, flops = bench.inputs(size), 3 * bench.flops(size, count)
 
-    case = f"gradient, batch {batch}"
+        def run(model: Any) -> None:
+            backward_of(sample(bench, model, inputs, count, **options), model)
+
+        repeats = 1 if count > 4 * steps else bench.repeats
+        bench.measure(case, who, make, run, flops=flops, repeats=repeats)
+
+    plain, fast = partial(bench.ours, fast=False), partial(bench.ours, fast=True)
     if upstream:
-        theirs = with_gradients(bench.upstream(), checkpointed=True)
-        bench.measure(case, "f5-tts, checkpoint each step", partial(run, theirs, inputs, steps), flops=flops)
-        theirs = with_gradients(bench.upstream(), checkpointed=False)
-        one = bench.inputs(1)
-        bench.measure("gradient, batch 1", "f5-tts, pull request 1299", partial(run, theirs, one, steps))
-        del theirs
-    plain = bench.ours(fast=False)
-    bench.measure(case, "plain", partial(run, plain, inputs, steps, cache=False), flops=flops)
-    del plain
-    fast = bench.ours(fast=True)
-    bench.measure(case, "fast", partial(run, fast, inputs, steps, cache=False), flops=flops)
+        checkpointed = partial(with_gradients, bench.upstream, checkpointed=True)
+        measure(f"gradient, batch {batch}", "f5-tts, checkpoint each step", checkpointed, batch, steps)
+        whole = partial(with_gradients, bench.upstream, checkpointed=False)
+        measure("gradient, batch 1", "f5-tts, pull request 1299", whole, 1, steps)
+    for who, make in {
+        "plain": plain,
+        "compiled": bench.compiled,
+        "fast without CUDA graphs": lambda: bench.ours(fast=False).speed_up(cuda_graphs=False),
+        "fast": fast,
+    }.items():
+        measure(f"gradient, batch {batch}", who, make, batch, steps, cache=False)
     for count in (4, 8 * steps):
-        bench.measure(f"{case}, {count} steps", "fast", partial(run, fast, inputs, count, cache=False), repeats=1)
-    one = bench.inputs(1)
-    bench.measure("gradient, batch 1", "fast", partial(run, fast, one, steps, cache=False))
-    bench.measure(f"gradient, batch 1, {2 * steps} steps", "fast", partial(run, fast, one, 2 * steps, cache=False))
+        measure(f"gradient, batch {batch}, {count} steps", "fast", fast, batch, count, cache=False)
+    measure("gradient, batch 1", "fast", fast, 1, steps, cache=False)
+    measure(f"gradient, batch 1, {2 * steps} steps", "fast", fast, 1, 2 * steps, cache=False)
 
 
 def case_cache(bench: Bench, steps: int, batch: int, *, upstream: bool) -> None:
     """The forward pass with gradients on, beside the one without."""
-    inputs, fast = bench.inputs(batch), bench.ours(fast=True)
     for cached in (True, False, True, False):
-        run = partial(sample, bench, fast, inputs, steps, cache=cached)
-        bench.measure(f"forward, batch {batch}", f"fast, cache={cached}", run)
+        run = partial(sample, bench, inputs=bench.inputs(batch), steps=steps, cache=cached)
+        bench.measure(f"forward, batch {batch}", f"fast, cache={cached}", partial(bench.ours, fast=True), run)
 
 
 def case_draft1(bench: Bench, steps: int, batch: int, *, upstream: bool) -> None:
@@ -337,12 +356,11 @@ def case_draft1(bench: Bench, steps: int, batch: int, *, upstream: bool) -> None
     def ours(model: Any) -> None:
         backward_of(sample(bench, model, inputs, steps, cache=False, grad_steps=1, checkpoint=False), model)
 
+    case = f"DRaFT-1, batch {batch}"
     if upstream:
-        model = with_gradients(bench.upstream(), checkpointed=False)
-        bench.measure(f"DRaFT-1, batch {batch}", "f5-tts", partial(theirs, model))
-        del model
+        bench.measure(case, "f5-tts", partial(with_gradients, bench.upstream, checkpointed=False), theirs)
     for name, fast in (("plain", False), ("fast", True)):
-        bench.measure(f"DRaFT-1, batch {batch}", name, partial(ours, bench.ours(fast=fast)))
+        bench.measure(case, name, partial(bench.ours, fast=fast), ours)
 
 
 def case_update(bench: Bench, steps: int, batch: int, *, upstream: bool) -> None:
@@ -433,13 +451,13 @@ def case_update(bench: Bench, steps: int, batch: int, *, upstream: bool) -> None
 def case_long(bench: Bench, steps: int, batch: int, *, upstream: bool) -> None:
     """Twice the batch, twice the length, twice the steps, the full gradient."""
     frames = 2 * bench.frames - 5
-    inputs, fast = bench.inputs(2 * batch, frames), bench.ours(fast=True)
-    bench.measure(
-        f"gradient, batch {2 * batch}, {frames} frames, {2 * steps} steps",
-        "fast",
-        lambda: backward_of(sample(bench, fast, inputs, 2 * steps, cache=False), fast),
-        repeats=1,
-    )
+    inputs = bench.inputs(2 * batch, frames)
+
+    def run(model: Any) -> None:
+        backward_of(sample(bench, model, inputs, 2 * steps, cache=False), model)
+
+    case = f"gradient, batch {2 * batch}, {frames} frames, {2 * steps} steps"
+    bench.measure(case, "fast", partial(bench.ours, fast=True), run, repeats=1)
 
 
 def case_warmup(bench: Bench, steps: int, batch: int, *, upstream: bool) -> None:

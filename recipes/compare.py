@@ -25,7 +25,8 @@ of its learning rate; it prints which did best without losing the words (CER at 
 these to settings.json as it goes.
 
 Leaves out: full fine-tuning, guidance, several updates from one batch of rollouts, learning rate schedules.
-Hardware: one GPU and a core a worker. For a look on two CPU cores, about two minutes:
+Hardware: a GPU or several, and for each worker a core and about 6 GiB of a GPU's memory. For a look on two CPU cores,
+about two minutes:
     python recipes/compare.py train --out runs/look --algorithms draft flow_grpo --seeds 0 --seconds 20 --prompts 4 \\
         --rollouts 4 --generations 2 --priced_updates 2 --workers 1 --device cpu
 Number to expect: docs/comparison.md.
@@ -188,7 +189,7 @@ class Bench:
             seed=seed,
             recognizer=self.recognizer,
             judges=(),
-            batch_size=8 if self.device.type == "cpu" else 64,
+            batch_size=8 if self.device.type == "cpu" else 16,
             sampler=sampler,
         )
 
@@ -228,7 +229,12 @@ class Bench:
             ).train()
 
 
-def _begin(args: argparse.Namespace) -> None:
+def _begin(args: argparse.Namespace, begun: Any) -> None:
+    """In a new process, before it knows of a GPU: the next one is all it sees."""
+    with begun.get_lock():
+        number, begun.value = begun.value, begun.value + 1
+    if args.device == "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus[number % len(args.gpus)]
     global BENCH
     BENCH = Bench(args)
 
@@ -294,8 +300,15 @@ def keep_sounds(folder: Path, heard: EvaluationResult) -> None:
 def workers(args: argparse.Namespace, count: int) -> Iterator[Any]:
     """Processes that have loaded what runs share."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(args,)) as pool:
+    shared = args, context.Value("i", 0)
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=shared) as pool:
         yield pool
+
+
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
 
 
 def prices(args: argparse.Namespace, settings: Mapping[str, Setting]) -> dict[str, float]:
@@ -341,6 +354,7 @@ def variants(name: str, setting: Setting, factors: Sequence[float]) -> list[Sett
 def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "logs").mkdir(exist_ok=True)
+    args.gpus = visible_gpus()
     settings = SETTINGS | read_settings(args.settings)
     jobs = jobs_of(args, settings, prices(args, settings))
     done = {line["key"] for line in read_lines(args.out / "runs.jsonl")}

@@ -1,4 +1,4 @@
-"""Speed on a GPU: repeated blocks compiled, and a velocity without gradients replayed as one CUDA graph.
+"""Speed on a GPU: repeated blocks compiled, and velocities, or their gradients, replayed as one CUDA graph each.
 
 `compile_blocks` compiles one block of the backbone, and the others reuse its code (regional compilation, as diffusers'
 `compile_repeated_blocks`): seconds where the whole model takes minutes. The first shape is compiled as it is, the
@@ -9,27 +9,37 @@ autocast would cast them to, cast once a solve and not once a step, with LoRA me
 exchanges the policy's own. A shape is captured as a CUDA graph when it first comes, which costs about three velocities;
 the rest of the solve waits for no launch. Nothing is padded: each shape has its own graph.
 
-Both compute what the plain backbone computes, to rounding (tests/test_fast.py).
+`GradientGraphs` does the same for a velocity that runs again in backward() and its gradient: with compiled blocks
+the processor takes longer to launch them than a GPU to run them. A graph is captured when a shape has come PATIENCE
+times, in a solve of many steps or in many solves; what the largest needs stays reserved.
+
+All compute what the plain backbone computes, to rounding (tests/test_fast.py).
 """
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rlhf_mel.nn import FeedForward, Rope, SelfAttention
+from rlhf_mel.nn import ConvPositionEmbedding, FeedForward, Rope, SelfAttention
 from rlhf_mel.policy import lora_layers
+from rlhf_mel.solvers import Rerun, Weights, differentiate
 
 GRAPHS_BYTES = 2**30
 """What graphs' inputs and outputs may take; then shapes not used for longest go. The rest they share, a pool of it."""
+
+PATIENCE = 8
+"""Gradients of a shape before it is captured, which takes about as long as they do."""
 
 RECOMPILE_LIMIT = 64
 """Variants of a block that PyTorch may compile before it gives up: gradients, dtype, lengths, LoRA, autocast."""
@@ -39,11 +49,16 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Rope]
 
 
 def compile_blocks(backbone: nn.Module) -> None:
-    """Compile the repeated blocks of `backbone` in place; the state_dict stays."""
+    """Compile the repeated blocks of `backbone` in place; the state_dict stays.
+
+    Where they have gradients, kernels are chosen by timing: for sums over frames, whose number is then unknown, the
+    compiler's own choice takes three times as long.
+    """
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+    trained = any(weight.requires_grad for weight in backbone.parameters())
     for part in _compiled_parts(backbone):
-        part.compile()
+        part.compile(options={"max_autotune_pointwise": trained})
 
 
 def _compiled_parts(backbone: nn.Module) -> Iterator[nn.Module]:
@@ -61,9 +76,9 @@ class FastVelocity:
 
     def __init__(self, *, compiled: bool = True, cuda_graphs: bool = True) -> None:
         self._options = {"compiled": compiled, "cuda_graphs": cuda_graphs}
+        self.gradients = GradientGraphs() if cuda_graphs else None
         self._twins: dict[Any, Twin] = {}
-        self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
-        self._pool: Any = None
+        self._graphs = _Kept()
         self._text: Callable[[], Tensor | None] = lambda: None
         self._adapted: list[Any] = []
 
@@ -87,22 +102,14 @@ class FastVelocity:
         key = dtype, *((layer.disable_adapters, layer.merged) for layer in self._adapted)
         twin = self._twins.get(key)
         if twin is None or not twin.is_of(backbone, text):
-            for outdated in [known for known in self._graphs if known[0] is twin]:
-                del self._graphs[outdated]
+            self._graphs.drop(lambda known: known[0] is twin)
             twin = self._twins[key] = Twin(backbone, dtype, compiled=self._options["compiled"])
         twin.follow(text)
         return twin
 
     def _graph(self, twin: Twin, inputs: Inputs) -> _Graph:
         key = (twin, *(None if value is None else value.shape for value in tree_leaves(inputs)))
-        graph = self._graphs.pop(key, None)
-        if graph is None:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = _Graph(twin.velocity, inputs, self._pool)
-            while self._graphs and sum(kept.bytes for kept in self._graphs.values()) + graph.bytes > GRAPHS_BYTES:
-                self._graphs.popitem(last=False)
-        self._graphs[key] = graph
-        return graph
+        return self._graphs.get(key) or self._graphs.keep(key, _Graph(twin.velocity, inputs, self._graphs.pool))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FastVelocity:
         """For the copy of a policy: the same options; its twins and graphs are made when they are needed."""
@@ -131,6 +138,7 @@ class Twin:
         for module in list(twin.modules()):
             if type(module) in FASTER:
                 FASTER[type(module)].change(module)
+        self._packed: list[Any] = [module for module in twin.modules() if isinstance(module, _PackedConvolutions)]
         self._plain = [(weight, self._original(name)) for name, weight in twin.named_parameters()]
         if compiled:
             compile_blocks(twin)
@@ -165,6 +173,8 @@ class Twin:
             return
         originals = [original if isinstance(original, Tensor) else original() for _, original in self._plain]
         torch._foreach_copy_([weight for weight, _ in self._plain], originals)
+        for module in self._packed:
+            module.pack()
         self._seen, self._text = seen, weakref.ref(text)
 
 
@@ -224,6 +234,34 @@ class _FusedGELU(FeedForward):
         return project_out(linear_gelu(x, linear.weight, linear.bias))
 
 
+class _PackedConvolutions(ConvPositionEmbedding):
+    """Weights laid out for the kernel once a solve."""
+
+    @staticmethod
+    def change(module: ConvPositionEmbedding) -> None:
+        weight = next(module.parameters())
+        if not weight.is_cuda or weight.dtype not in (torch.bfloat16, torch.float16):
+            return
+        from rlhf_mel import kernels
+
+        convolutions = [layer for layer in module.conv1d if isinstance(layer, nn.Conv1d)]
+        if all(map(kernels.takes, convolutions)):
+            for convolution in convolutions:
+                convolution.register_buffer("packed", kernels.packed(convolution.weight), persistent=False)
+            module.__class__ = _PackedConvolutions
+
+    def pack(self) -> None:
+        layers: Any = self.conv1d
+        for convolution in (layer for layer in layers if isinstance(layer, nn.Conv1d)):
+            buffer: Any = convolution.packed
+            buffer.copy_(convolution.weight.permute(2, 1, 0))
+
+    def convolve(self, convolution: Any, x: Tensor) -> Tensor:
+        from rlhf_mel import kernels
+
+        return kernels.convolved(x, convolution.packed, convolution.bias)
+
+
 @torch.library.custom_op("rlhf_mel::linear_gelu", mutates_args=())
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(x W^T + b), by tanh. An operator of its own, for the compiler would take product and GELU apart."""
@@ -241,8 +279,37 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 FASTER: Mapping[type[nn.Module], Any] = {
     SelfAttention: _FusedProjections,
     FeedForward: _FusedGELU,
+    ConvPositionEmbedding: _PackedConvolutions,
 }
 """What layers of a twin become."""
+
+
+class _Kept:
+    """Graphs by what they were captured for; those not used for longest go when there are too many. One memory pool."""
+
+    def __init__(self) -> None:
+        self._graphs: OrderedDict[Any, Any] = OrderedDict()
+        self._pool: Any = None
+
+    @property
+    def pool(self) -> Any:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        return self._pool
+
+    def get(self, key: Any) -> Any:
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+        return self._graphs.get(key)
+
+    def keep(self, key: Any, graph: Any) -> Any:
+        while self._graphs and sum(kept.bytes for kept in self._graphs.values()) + graph.bytes > GRAPHS_BYTES:
+            self._graphs.popitem(last=False)
+        self._graphs[key] = graph
+        return graph
+
+    def drop(self, outdated: Callable[[Any], bool]) -> None:
+        for key in [key for key in self._graphs if outdated(key)]:
+            del self._graphs[key]
 
 
 class _Graph:
@@ -269,3 +336,146 @@ class _Graph:
                 static.copy_(value)
         self._graph.replay()
         return self._output.clone()  # another graph of the pool may write there
+
+
+class GradientGraphs:
+    """`solvers.differentiate` of one backbone in eval mode, from graphs; see the top of this file."""
+
+    def __init__(self) -> None:
+        self._graphs = _Kept()
+        self._uses: Counter[Any] = Counter()
+        self._weights: Any = None
+        self._sums: list[Tensor] = []
+        self._borrower: Weights | None = None
+        self._touched: set[int] = set()
+        self._adapted: list[Any] = []
+
+    def __call__(
+        self, backbone: nn.Module, run: Rerun, leaves: Sequence[Any], weights: Weights, cotangent: Tensor
+    ) -> Sequence[Tensor | None]:
+        """Arguments and value of `differentiate`; where no graph is worth it, that is what is called."""
+        if cotangent.device.type != "cuda":
+            return differentiate(run, leaves, weights, cotangent)
+        self._follow(backbone, weights)
+        key = run.autocast, *map(_signature, leaves), *map(_adapter_state, self._adapted)
+        graph = self._graphs.get(key)
+        if graph is None:
+            self._uses[key] += 1
+            if self._uses[key] <= PATIENCE:
+                return differentiate(run, leaves, weights, cotangent)
+            del self._uses[key]
+            graph = _GradientGraph(*_aliased(backbone, run, weights), leaves, cotangent, self._sums, self._graphs.pool)
+            self._graphs.keep(key, graph)
+        self._lend_to(weights)
+        self._touched |= graph.touched
+        return graph(leaves, cotangent)
+
+    def _follow(self, backbone: nn.Module, weights: Weights) -> None:
+        """Drop all if the weights are no longer where the graphs read them."""
+        now = [(weight.data_ptr(), weight.requires_grad) for weight in backbone.parameters()]
+        if self._weights == now:
+            return
+        if self._borrower is not None and self._borrower.lender is self:
+            self.hand_over(self._borrower)
+        self._graphs, self._uses, self._weights = _Kept(), Counter(), now
+        self._adapted = lora_layers(backbone)
+        self._sums = [torch.zeros_like(parameter) for parameter in weights.parameters]
+
+    def _lend_to(self, weights: Weights) -> None:
+        weights.begin()
+        if self._borrower is weights and weights.lender is self:
+            return
+        if self._borrower is not None and self._borrower.lender is self:
+            self.hand_over(self._borrower)
+        torch._foreach_zero_(self._sums)
+        self._touched = set()
+        self._borrower, weights.lender = weights, self
+
+    def hand_over(self, weights: Weights) -> None:
+        """Add what is summed here to the sums of `weights`, which borrowed it."""
+        weights.lender, self._borrower = None, None
+        weights.add([value.clone() if k in self._touched else None for k, value in enumerate(self._sums)])
+
+
+def _signature(leaf: Any) -> Any:
+    """What a graph is captured for; a leaf that is no tensor is part of it."""
+    return (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+
+def _adapter_state(layer: Any) -> Any:
+    return layer.disable_adapters, layer.merged, *layer.active_adapters
+
+
+class _Run(nn.Module):
+    """A function that computes with a backbone, as a module, whose weights `functional_call` can exchange."""
+
+    def __init__(self, backbone: nn.Module, run: Callable[[Sequence[Any]], Tensor]) -> None:
+        super().__init__()
+        self.backbone, self.run = backbone, run
+
+    def forward(self, leaves: Sequence[Any]) -> Tensor:
+        return self.run(leaves)
+
+
+def _aliased(
+    backbone: nn.Module, run: Callable[[Sequence[Any]], Tensor], weights: Weights
+) -> tuple[Callable[[Sequence[Any]], Tensor], Weights]:
+    """`run` with leaves of their own for the weights, in the same memory.
+
+    Autograd lets the gradient of a weight wait for the stream on which it first met the weight: the one that all else
+    runs on, which must not wait while another is captured.
+    """
+    names = {id(weight): name for name, weight in backbone.named_parameters()}
+    aliases = [nn.Parameter(weight.detach()) for weight in weights.parameters]
+    exchanged: dict[str, Tensor] = {
+        f"backbone.{names[id(weight)]}": alias
+        for weight, alias in zip(weights.parameters, aliases, strict=True)
+        if id(weight) in names
+    }
+    return partial(functional_call, _Run(backbone, run), exchanged, strict=False), Weights(aliases)
+
+
+class _GradientGraph:
+    """`differentiate` at leaves of one signature as one CUDA graph; gradients of weights are added to `sums`."""
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[Any]], Tensor],
+        weights: Weights,
+        leaves: Sequence[Any],
+        cotangent: Tensor,
+        sums: Sequence[Tensor],
+        pool: Any,
+    ) -> None:
+        self._leaves = [
+            leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+            for leaf in leaves
+        ]
+        self._cotangent = cotangent.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles what is not yet, and lets cuBLAS and cuDNN allocate what they keep
+            self._differentiate(run, weights)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._found, of_weights = self._differentiate(run, weights)
+            self.touched = {k for k, gradient in enumerate(of_weights) if gradient is not None}
+            torch._foreach_add_([sums[k] for k in self.touched], [of_weights[k] for k in self.touched])
+            del of_weights
+        held = [*self._leaves, self._cotangent, *self._found]
+        self.bytes = sum(value.nbytes for value in held if isinstance(value, Tensor))
+
+    def _differentiate(
+        self, run: Callable[[Sequence[Any]], Tensor], weights: Weights
+    ) -> tuple[Sequence[Tensor | None], Sequence[Any]]:
+        found = differentiate(run, self._leaves, weights, self._cotangent)
+        return found, weights.take()
+
+    def __call__(self, leaves: Sequence[Any], cotangent: Tensor) -> Sequence[Tensor | None]:
+        with torch.no_grad():
+            for static, value in zip((*self._leaves, self._cotangent), (*leaves, cotangent), strict=True):
+                if isinstance(static, Tensor):
+                    static.copy_(value)
+        self._graph.replay()
+        return [None if value is None else value.clone() for value in self._found]

@@ -124,16 +124,16 @@ class ConvPositionEmbedding(nn.Module):
             x = F.mish(self.convolve(convolution, zero_padding(x, mask)))
         return zero_padding(x, mask)  # Mish(0) = 0: before or after is one
 
-    @staticmethod
-    def convolve(convolution: nn.Conv1d, x: Tensor) -> Tensor:
-        """The same over x [B, T, D]; on a GPU as an image of height 1, whose grouped kernels read x as it lies."""
-        x = x.transpose(1, 2)
-        if not x.is_cuda:
-            return convolution(x).transpose(1, 2)
-        weight = convolution.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-        padding = 0, convolution.kernel_size[0] // 2
-        out = F.conv2d(x.unsqueeze(2), weight, convolution.bias, padding=padding, groups=convolution.groups)
-        return out.squeeze(2).transpose(1, 2)
+    def convolve(self, convolution: Any, x: Tensor) -> Tensor:
+        """The same over x [B, T, D]; in half precision on a GPU by a kernel of kernels.py."""
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        if x.is_cuda and dtype in (torch.bfloat16, torch.float16):
+            from rlhf_mel import kernels  # Triton is there where a GPU is
+
+            if kernels.takes(convolution):
+                weight, bias = convolution.weight.to(dtype), convolution.bias.to(dtype)
+                return kernels.grouped_convolution(x.to(dtype), weight, bias)
+        return convolution(x.transpose(1, 2)).transpose(1, 2)
 
 
 class AdaLayerNorm(nn.Module):

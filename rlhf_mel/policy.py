@@ -131,8 +131,10 @@ def velocity_as_now(policy: Policy | ReferencePolicy, cond: Any) -> Velocity:
         return partial(policy.velocity, cond=cond)
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
     velocity = PureVelocity(keep_mode(policy, policy.velocity), cond, weights)
-    terms = getattr(policy, "velocity_terms", None)
-    return velocity if terms is None else replace(velocity, terms=terms)
+    own = {"terms": getattr(policy, "velocity_terms", None)}
+    if not policy.training:
+        own["differentiate"] = getattr(policy, "differentiate", None)
+    return replace(velocity, **{name: value for name, value in own.items() if value is not None})
 
 
 def collect_rollout(mels: Mapping[int, Tensor], trajectories: Mapping[int, Tensor] | None = None) -> Rollout:

@@ -34,7 +34,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -163,6 +162,99 @@ def _chosen_steps(grad_steps: GradSteps, steps: int) -> frozenset[int]:
     return frozenset(wanted)
 
 
+class Weights:
+    """Parameters for all velocities of a solve: their gradients are summed here, and reach them once, not once a step.
+
+    Else autograd would hold a sum of its own beside what each step returns: three times the weights' size.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self.lender: Any = None
+        """A GradientGraphs that has more of the sums: fast.py."""
+        self._sums: list[Tensor | None] = []
+        self._task = -1
+
+    def through(self) -> Sequence[Tensor]:
+        """The parameters, as a velocity must take them to have its gradients summed."""
+        passed: Any = _SummedOnce.apply(self, *self.parameters)
+        return passed or ()
+
+    def begin(self) -> None:
+        """Forget what a backward() before this one has left, if it never came to an end."""
+        if self._task != torch._C._current_graph_task_id():
+            self._task = torch._C._current_graph_task_id()
+            self._sums = [None] * len(self.parameters)
+            self.lender = None
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        self.begin()
+        _add_(self._sums, gradients)
+
+    def take(self) -> list[Tensor | None]:
+        """The sums; none are left."""
+        self.begin()
+        if self.lender is not None:
+            self.lender.hand_over(self)
+        sums, self._sums = self._sums, [None] * len(self.parameters)
+        return sums
+
+
+class _SummedOnce(torch.autograd.Function):
+    """Parameters as they are; their gradient is what Weights has, when the last velocity that had them is through."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Weights, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.weights = weights
+        ctx.set_materialize_grads(False)
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return None, *ctx.weights.take()
+
+
+class Autocast(NamedTuple):
+    """The autocast that is on, to be entered again. Without its cache: that must not outlive a CUDA graph."""
+
+    device: str
+    dtype: torch.dtype | None
+    """None: it is off."""
+
+    @classmethod
+    def now(cls, device: str) -> Autocast:
+        return cls(device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
+
+    def __call__(self) -> Any:
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """A velocity as a function of the leaves of (x, t, part of cond), in the dtype of x."""
+
+    function: Callable[[Tensor, Tensor, Any], Tensor]
+    structure: Any
+    autocast: Autocast
+
+    def __call__(self, leaves: Sequence[Any]) -> Tensor:
+        x, t, part = tree_unflatten(leaves, self.structure)
+        with self.autocast():
+            return self.function(x, t, part).to(x.dtype)
+
+
+def differentiate(
+    run: Callable[[Sequence[Any]], Tensor], leaves: Sequence[Any], weights: Weights, cotangent: Tensor
+) -> Sequence[Tensor | None]:
+    """Gradients of <run(leaves), cotangent> by the leaves that have one; the weights' own are added to `weights`."""
+    wanted = [leaf for leaf in leaves if _has_gradient(leaf)]
+    with torch.enable_grad():
+        v = run(leaves)
+    found = torch.autograd.grad(v, [*wanted, *weights.parameters], cotangent, allow_unused=True)
+    weights.add(found[len(wanted) :])
+    return found[: len(wanted)]
+
+
 @dataclass(frozen=True)
 class PureVelocity:
     """A velocity that says all it computes with, so that it can run anew in backward() without being traced before.
@@ -179,6 +271,8 @@ class PureVelocity:
     terms: Callable[[Any], Sequence[tuple[Any, float]]] = lambda cond: [(cond, 1.0)]
     """cond -> [(its part, factor)]: dx/dt = sum of factor * function(x, t, part). In backward() one term at a time runs
     and holds its graph."""
+    differentiate: Callable[..., Sequence[Tensor | None]] = differentiate
+    """The function above, or one that does the same sooner."""
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return self.function(x, t, self.cond)
@@ -186,13 +280,17 @@ class PureVelocity:
 
 def differentiated(velocity: Velocity, checkpoint: bool, preserve_rng_state: bool = False) -> Velocity:
     """`velocity` in the dtype of x; with `checkpoint` it keeps only its input and runs again in backward()."""
+    shared: list[Any] = []
 
     def run(x: Tensor, t: Tensor) -> Tensor:
         if not (checkpoint and torch.is_grad_enabled()):
             return velocity(x, t).to(x.dtype)
         if isinstance(velocity, PureVelocity) and not preserve_rng_state:
-            leaves, structure = tree_flatten(velocity.cond)
-            return _Recomputed.apply(velocity, structure, x, t, *velocity.parameters, *leaves)
+            if not shared:
+                weights = Weights(velocity.parameters)
+                shared.extend((weights, weights.through(), *tree_flatten(velocity.cond)))
+            weights, parameters, leaves, structure = shared
+            return _Recomputed.apply(velocity, weights, structure, x, t, *parameters, *leaves)
         # not reentrant: gradients also reach what `velocity` closes over, such as the text embedding
         return recompute(velocity, x, t, use_reentrant=False, preserve_rng_state=preserve_rng_state).to(x.dtype)
 
@@ -203,9 +301,11 @@ class _Recomputed(torch.autograd.Function):
     """A pure velocity whose graph is made in backward() and dropped there: one is held at a time."""
 
     @staticmethod
-    def forward(ctx: Any, velocity: PureVelocity, structure: Any, x: Tensor, t: Tensor, *reads: Any) -> Tensor:
-        ctx.velocity, ctx.structure = velocity, structure
-        ctx.autocast = _autocast_as_now(x.device.type)
+    def forward(
+        ctx: Any, velocity: PureVelocity, weights: Weights, structure: Any, x: Tensor, t: Tensor, *reads: Any
+    ) -> Tensor:
+        ctx.velocity, ctx.weights, ctx.structure = velocity, weights, structure
+        ctx.autocast = Autocast.now(x.device.type)
         ctx.save_for_backward(x, t, *(read for read in reads if isinstance(read, Tensor)))
         ctx.others = [None if isinstance(read, Tensor) else (read,) for read in reads]
         return velocity(x, t).to(x.dtype)
@@ -215,22 +315,37 @@ class _Recomputed(torch.autograd.Function):
         x, t, *saved = ctx.saved_tensors
         tensors = iter(saved)
         reads = [next(tensors) if other is None else other[0] for other in ctx.others]
-        weights = len(ctx.velocity.parameters)
+        unsummed = len(ctx.weights.parameters)
         # cut off from the graph that made them, or autograd would go on into it, and free it
-        needed = ctx.needs_input_grad
-        cond = [_leaf(read, need) for read, need in zip(reads[weights:], needed[4 + weights :], strict=True)]
-        inputs = [_leaf(x, needed[2]), _leaf(t, needed[3]), *reads[:weights], *cond]
-        wanted = [value for value, need in zip(inputs, needed[2:], strict=True) if need]
-        found: list[Tensor | None] = [None] * len(wanted)
+        needed = ctx.needs_input_grad[3:5] + ctx.needs_input_grad[5 + unsummed :]
+        inputs = [_leaf(value, need) for value, need in zip((x, t, *reads[unsummed:]), needed, strict=True)]
         with torch.enable_grad():
-            terms = ctx.velocity.terms(tree_unflatten(cond, ctx.structure))
+            terms = ctx.velocity.terms(tree_unflatten(inputs[2:], ctx.structure))
+        found: list[Tensor | None] = [None] * sum(needed)
         for part, factor in terms:
-            with torch.enable_grad(), ctx.autocast():
-                v = ctx.velocity.function(inputs[0], inputs[1], part).to(x.dtype)
-            _add_(found, torch.autograd.grad(v, wanted, factor * grads[0], allow_unused=True))
-            del v
-        gradients = iter(found)
-        return None, None, *(next(gradients) if need else None for need in needed[2:])
+            ends, structure = tree_flatten((inputs[0], inputs[1], part))
+            leaves = [_leaf(end, _has_gradient(end)) for end in ends]
+            run = Rerun(ctx.velocity.function, structure, ctx.autocast)
+            gradients = ctx.velocity.differentiate(run, leaves, ctx.weights, factor * grads[0])
+            _add_(found, _pulled_back(ends, gradients, [value for value in inputs if _has_gradient(value)]))
+        own = iter(found)
+        of_inputs = [next(own) if need else None for need in needed]
+        return None, None, None, *of_inputs[:2], *([None] * unsummed), *of_inputs[2:]
+
+
+def _pulled_back(
+    ends: Sequence[Any], gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """What gradients of `ends`, those that have one, are as gradients of the inputs that they were made of."""
+    known = [
+        (end, gradient)
+        for end, gradient in zip(filter(_has_gradient, ends), gradients, strict=True)
+        if gradient is not None
+    ]
+    if not known:
+        return [None] * len(inputs)
+    outputs, cotangents = zip(*known, strict=True)
+    return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, allow_unused=True)
 
 
 def _add_(sums: list[Tensor | None], more: Sequence[Tensor | None]) -> None:
@@ -253,11 +368,8 @@ def _leaf(value: Any, needs_gradient: bool) -> Any:
     return value.detach().requires_grad_(needs_gradient) if isinstance(value, Tensor) else value
 
 
-def _autocast_as_now(device: str) -> Callable[[], Any]:
-    """The autocast that is on now, to be entered again."""
-    if not torch.is_autocast_enabled(device):
-        return partial(torch.autocast, device, enabled=False)
-    return partial(torch.autocast, device, dtype=torch.get_autocast_dtype(device))
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _constant(velocity: Velocity) -> Velocity:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,13 +15,22 @@ from torch.testing import assert_close
 
 from rlhf_mel.cfm import CFM
 from rlhf_mel.ema import MovingAverage
+from rlhf_mel.fast import PATIENCE, _aliased
 from rlhf_mel.policy import add_lora, lora_disabled, lora_layers
+from rlhf_mel.solvers import Weights, differentiate
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = {
     "mel": torch.randn(3, 20, 8, generator=GENERATOR),
     "ids": torch.randint(len(VOCABULARY), (3, 9), generator=GENERATOR),
 }
+
+
+@pytest.fixture(autouse=True)
+def float32_convolutions() -> Iterator[None]:
+    """On a GPU they are TF32 otherwise, whose rounding depends on the kernel that is chosen."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
 
 
 def spoken(policy: CFM, **options: Any) -> Tensor:
@@ -112,6 +122,30 @@ def test_gradient_is_the_plain_one() -> None:
             assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-9
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_aliases_of_weights_get_the_gradients_of_the_weights(lora: bool) -> None:
+    """What a graph is captured of; on a CPU it can run as it is."""
+    _, fast = fast_cfm()
+    if lora:
+        add_lora(fast)
+    counts = []
+
+    def both(run: Any, leaves: Any, weights: Weights, cotangent: Tensor) -> Any:
+        aliased, aliases = _aliased(fast.transformer, run, weights)
+        found = [differentiate(aliased, leaves, aliases, cotangent), aliases.take()]
+        alone = Weights(weights.parameters)
+        of_leaves, of_weights = differentiate(run, leaves, alone, cotangent), alone.take()
+        for ours, theirs in zip([*found[0], *found[1]], [*of_leaves, *of_weights], strict=True):
+            assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))
+        counts.append(sum(gradient is not None for gradient in of_weights))
+        weights.add(of_weights)
+        return of_leaves
+
+    fast.differentiate = both  # type: ignore[method-assign]
+    spoken(fast, cache=False, steps=2).square().mean().backward()
+    assert counts[0] == counts[1] > 20
+
+
 def test_copies_have_their_own_weights() -> None:
     plain, fast = fast_cfm()
     spoken(fast)
@@ -142,6 +176,37 @@ def test_cuda_graph_replays_other_inputs() -> None:
         call: dict[str, Any] = {"steps": 3, "cfg_strength": 2.0, "seed": seed}
         ours, theirs = (policy.sample(mel, ids, duration, **call)[0] for policy in (fast, plain))
         assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradients_from_graphs_are_the_plain_ones(lora: bool) -> None:
+    plain, fast = (policy.cuda().eval() for policy in fast_cfm())
+    for policy in (plain, fast) if lora else ():
+        torch.manual_seed(0)
+        add_lora(policy)
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+    mel, ids = INPUTS["mel"].cuda(), INPUTS["ids"].cuda()
+    assert fast.fast is not None and fast.fast.gradients is not None
+    for seeds, duration in (([0], 40), ([1], 40), ([2], 37), ([3], 40), ([4, 5], 40), ([6], 37)):
+        torch.cuda.empty_cache()
+        _ = [torch.full((2**18,), float("nan"), device="cuda") for _ in range(64)]
+        found = []
+        for policy in (plain, fast):
+            policy.zero_grad()
+            call: dict[str, Any] = {"steps": PATIENCE - 2, "cfg_strength": 2.0, "cache": False}
+            # several solves in one backward() share what their gradients are summed in
+            sum(policy.sample(mel, ids, duration, seed=seed, **call)[0].square().mean() for seed in seeds).backward()
+            found.append([weight.grad for weight in policy.parameters()])
+        for ours, theirs in zip(found[1], found[0], strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-9
+        for policy in (plain, fast):  # another optimizer step does not need another graph
+            change_data_in_place(policy)
+    assert len(fast.fast.gradients._graphs._graphs) == 2
 
 
 @pytest.mark.slow

@@ -175,6 +175,24 @@ def test_the_initial_state_gets_its_gradient() -> None:
     assert not truncated.requires_grad
 
 
+def test_weights_get_their_gradient_once_whatever_backward_went_before() -> None:
+    matrix = nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    unused = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    velocity = solvers.PureVelocity(lambda x, t, cond: x @ matrix * t + cond, X0, [matrix, unused])
+    x0 = X0.clone().requires_grad_()
+    plain, checkpointed = (
+        solve(velocity, x0, grid(3), checkpoint=checkpoint)[-1].square().sum() for checkpoint in (False, True)
+    )
+    expected = torch.autograd.grad(plain, [x0, matrix])
+    (alone,) = torch.autograd.grad(checkpointed, [x0], retain_graph=True)  # sums of weights are left over
+    assert_close(alone, expected[0], rtol=1e-12, atol=1e-12)
+    checkpointed.backward(retain_graph=True)
+    assert_close(matrix.grad, expected[1], rtol=1e-12, atol=1e-12)
+    checkpointed.backward()
+    assert_close(matrix.grad, 2 * expected[1], rtol=1e-12, atol=1e-12)
+    assert unused.grad is None
+
+
 def test_checkpoint_keeps_only_states() -> None:
     """Bytes that autograd saves: with checkpoint, a state a step; without, the net's activations too."""
 
