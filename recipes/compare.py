@@ -9,7 +9,7 @@ spread by 0.18 and 0.14. All runs share LoRA of rank 16, AdamW, the sampler (7 E
 rollouts of an update, of three prompts: rollouts of one prompt share a duration, so they are solved together, and on a
 GPU eight cost hardly more than one.
 
-Equal cost: `train` first runs each algorithm's updates alone on the idle device, and takes their mean time, data and
+Equal cost: `train` first runs each algorithm's updates alone on an idle device, and takes their mean time, data and
 logging included, evaluations not, as the price of one. A run then has as many updates as --seconds pay for. What shares
 the device with it afterwards (--workers) cannot change that. The seed of a run is also that of the noise of its
 evaluations: it is compared with the base and with the best of 8 that heard the same.
@@ -100,17 +100,18 @@ class Setting:
 
 SETTINGS = {
     "draft": Setting(learning_rate=2e-3, beta=1.0),
-    "draft_lv": Setting(learning_rate=2e-3, beta=1.0),
-    "alignprop": Setting(learning_rate=1e-3, beta=1.0),
-    "refl": Setting(learning_rate=2e-3, beta=1.0),
-    "adjoint_matching": Setting(learning_rate=1e-3, beta=0.1),
     "flow_grpo": Setting(learning_rate=1e-3),
+    "draft_lv": Setting(learning_rate=2e-3, beta=1.0),
     "ddpo": Setting(learning_rate=1e-3),
-    "orw_cfm": Setting(learning_rate=1e-3),
+    "alignprop": Setting(learning_rate=3e-3, beta=1.0),
+    "orw_cfm": Setting(learning_rate=3e-3),
+    "refl": Setting(learning_rate=2e-3, beta=1.0),
     "diffusion_nft": Setting(learning_rate=1e-3),
+    "adjoint_matching": Setting(learning_rate=1e-3, beta=0.01, options={"max_push": 1.0}),
     "awm": Setting(learning_rate=1e-3),
-    "ram": Setting(learning_rate=1e-3),
+    "ram": Setting(learning_rate=3e-3),
 }
+"""In this order they share a device well: those that need most of its memory are not side by side."""
 VARIANTS: Mapping[str, Sequence[Setting]] = {
     "adjoint_matching": [Setting(learning_rate=1e-3, beta=beta, options={"max_push": 1.0}) for beta in (0.01, 0.1)]
 }
@@ -320,7 +321,7 @@ def prices(args: argparse.Namespace, settings: Mapping[str, Setting]) -> dict[st
         Job(name=name, seed=0, setting=settings[name], updates=updates) for name in args.algorithms if name not in known
     ]
     if jobs:
-        with workers(args, 1) as pool:
+        with workers(args, max(1, len(args.gpus))) as pool:  # each alone on its device
             for job, seconds in zip(jobs, pool.map(price, jobs), strict=True):
                 known[job.name] = seconds
                 print(f"{job.name:18} {seconds:.3f} s an update", flush=True)

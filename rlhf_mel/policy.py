@@ -9,6 +9,7 @@ truncation and the reference policy are written once, for all of them. Time conv
 from __future__ import annotations
 
 import copy
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -225,7 +226,7 @@ def add_lora(policy: nn.Module, config: LoraConfig | None = None) -> nn.Module:
 
 def lora_layers(policy: object) -> list[Any]:
     """The policy's peft layers; empty without LoRA."""
-    if not isinstance(policy, nn.Module) or not any("lora_" in name for name, _ in policy.named_parameters()):
+    if not isinstance(policy, nn.Module) or "peft" not in sys.modules:  # slow to import, for none
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
 
