@@ -104,7 +104,8 @@ class CFM(nn.Module):
     def speed_up(self, *, compiled: bool = True, cuda_graphs: bool = True) -> CFM:
         """Make a policy on a GPU fast, from now on: compiled blocks, CUDA graphs (see fast.py). Returns itself.
 
-        The first velocities of each kind are slow, while PyTorch compiles. Numbers stay, to rounding.
+        The first velocities of each kind are slow, while PyTorch compiles. Numbers stay, to rounding. A copy of the
+        weights in the dtype of autocast and the graphs' memory are held: docs/benchmarks.md.
         """
         if compiled:
             compile_blocks(self.transformer)

@@ -174,7 +174,10 @@ class RLHFConfig(TrainingArguments):
     )
     cuda_graphs: bool | None = field(
         default=None,
-        metadata=_help("Velocities without gradients as CUDA graphs, one a length; default: on a GPU."),
+        metadata=_help(
+            "Velocities, and gradients of lengths that come often, as CUDA graphs, which keep the memory of the "
+            "largest; default: on a GPU."
+        ),
     )
     cpu_threads: int | None = field(
         default=None,

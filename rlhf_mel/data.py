@@ -146,7 +146,8 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Prompts:
         """Rows of this data set as a batch; rows of one prompt share its row number as group id."""
-        clips = [self._clip(row) for row in rows]
+        read = {row["row"]: self._clip(row) for row in {row["row"]: row for row in rows}.values()}  # once a prompt
+        clips = [read[row["row"]] for row in rows]
         lengths = torch.tensor([clip.shape[0] for clip in clips])
         others = [name for name in rows[0] if name not in (*REQUIRED, "duration_s", "row")]
         return Prompts(

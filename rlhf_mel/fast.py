@@ -452,6 +452,7 @@ class _GradientGraph:
             for leaf in leaves
         ]
         self._cotangent = cotangent.clone()
+        torch.cuda.empty_cache()  # what another stream has freed is of no use to the next
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles what is not yet, and lets cuBLAS and cuDNN allocate what they keep
