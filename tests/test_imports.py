@@ -19,6 +19,7 @@ LAYERS = (
     "text",
     "path",
     "solvers",
+    "kernels",
     "nn",
     "models",
     "policy",

@@ -1,4 +1,4 @@
-"""The convolution of kernels.py beside PyTorch's; without a GPU by Triton's interpreter."""
+"""The convolution of kernels.py beside PyTorch's; without a GPU by Triton's interpreter (conftest.py)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GPU = torch.cuda.is_available()
-with pytest.MonkeyPatch.context() as patch:  # Triton reads it at import, and when a kernel runs
-    patch.setenv("TRITON_INTERPRET", "0" if GPU else "1")
-    from rlhf_mel.kernels import convolved, grouped_convolution, packed, takes
+from rlhf_mel.kernels import convolved, grouped_convolution, packed, takes
 
+GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]  # the interpreter lacks bfloat16
 ERRORS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Of |found - expected| / |expected|: about the spacing of the dtype's numbers."""
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0" if GPU else "1")
 
 
 def problem(dtype: torch.dtype, groups: int = 3, channels: int = 16, taps: int = 7) -> list[Tensor]:
