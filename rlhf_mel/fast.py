@@ -262,7 +262,9 @@ class _PackedConvolutions(ConvPositionEmbedding):
         return kernels.convolved(x, convolution.packed, convolution.bias)
 
 
-@torch.library.custom_op("rlhf_mel::linear_gelu", mutates_args=())
+@torch.library.custom_op(
+    "rlhf_mel::linear_gelu", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor bias) -> Tensor"
+)
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(x W^T + b), by tanh. An operator of its own, for the compiler would take product and GELU apart."""
     if x.is_cuda:

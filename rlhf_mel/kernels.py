@@ -64,7 +64,9 @@ def convolved(x: Tensor, matrices: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("rlhf_mel::grouped_convolution", mutates_args=())
+@torch.library.custom_op(
+    "rlhf_mel::grouped_convolution", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor bias) -> Tensor"
+)
 def grouped_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The same with the convolution's own weight [G C, C, taps], and with gradients."""
     return convolved(x, packed(weight), bias)
