@@ -10,7 +10,7 @@ f5-tts's own bfloat16 by more than a quarter. Upstream's gradients are taken in 
 request 1299 (no_grad taken off `sample`, nothing cached) and the same with torch's checkpoint around each velocity.
 
 Times are medians after a warm-up, between synchronisations; GiB are the most that PyTorch had reserved at once, warm-up
-and memory of CUDA graphs included, over what the weights take; TFLOP/s count products, convolutions and attention of
+and memory of CUDA graphs included, over what was there before: weights; TFLOP/s count products, convolutions and attention of
 the velocities once (a gradient three times, what runs again in backward not at all) over the rate of a large product of
 matrices, measured in the same run.
 
@@ -156,8 +156,8 @@ class Bench:
     ) -> None:
         """Time `run` of a new model of `make`, and its peak memory; out of memory is a row without numbers."""
         model = make()
-        weights = sum(weight.nbytes for weight in model.parameters())
         self._forget()
+        before = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
         try:
             run(model)  # warm-up
             self.synchronize()
@@ -171,7 +171,7 @@ class Bench:
             row = Row(case, who, float("nan"), float("nan"), float("nan"), None)
         else:
             median = statistics.median(seconds)
-            peak = (torch.cuda.max_memory_reserved() - weights) / GIB if self.device.type == "cuda" else None
+            peak = (torch.cuda.max_memory_reserved() - before) / GIB if self.device.type == "cuda" else None
             rate = None if flops is None else flops / median / 1e12
             row = Row(case, who, median, max(seconds) / min(seconds), peak, rate)
         self.rows.append(row)

@@ -23,7 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 from . import solvers
 from .audio import MelSpec, lengths_to_mask, log_mel, samples_to_frames
 from .fast import FastVelocity, compile_blocks
-from .nn import Rope
+from .models._common import embed_with_and_without
+from .nn import Rope, modules_of
 from .path import interpolate, velocity
 from .policy import Generators, item_generators, item_noise, require_gradients, velocity_as_now
 from .text import Tokenizer, tokens_to_ids
@@ -157,7 +158,8 @@ class CFM(nn.Module):
         A batch of unequal durations is masked as in f5-tts: not what each item gives alone (policy.rollout).
         """
         if cache:
-            self.eval()
+            if any(module.training for module in modules_of(self)):  # eval() takes milliseconds
+                self.eval()
         else:
             require_gradients("CFM.sample(cache=False)", remedy="pass cache=True to sample without gradients")
         with torch.set_grad_enabled(not cache):
@@ -356,13 +358,14 @@ class CFM(nn.Module):
         inside = lengths_to_mask(durations, frames)
         mask = None if min(lengths) == frames else inside
         known = reference.masked_fill(~kept.unsqueeze(-1), 0.0)
-        embed = partial(self.transformer.embed_text, ids, frames, None if mask is None else durations)
-        text = embed(drop_text=False)
+        known_lengths = None if mask is None else durations
         guidance = cfg_strength if cfg_strength >= 1e-5 else 0.0
         if guidance:
             known = torch.cat((known, torch.zeros_like(known)))
-            text = torch.cat((text, embed(drop_text=True)))
+            text = embed_with_and_without(self.transformer, ids, frames, known_lengths)
             mask = None if mask is None else torch.cat((mask, mask))
+        else:
+            text = self.transformer.embed_text(ids, frames, known_lengths)
         return Condition(
             reference=reference,
             kept=kept,

@@ -10,7 +10,8 @@ exchanges the policy's own. A shape is captured as a CUDA graph when it first co
 the rest of the solve waits for no launch. Nothing is padded: each shape has its own graph.
 
 `GradientGraphs` does the same for a velocity that runs again in backward() and its gradient: with compiled blocks
-the processor takes longer to launch them than a GPU to run them. A graph is captured when a shape has come PATIENCE
+the processor takes longer to launch them than a GPU to run them. Here, too, weights are cast once, and each gradient of
+one is added to a float32 sum and freed where it arises. A graph is captured when a shape has come more than PATIENCE
 times, in a solve of many steps or in many solves; what the largest needs stays reserved.
 
 All compute what the plain backbone computes, to rounding (tests/test_fast.py).
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rlhf_mel.nn import ConvPositionEmbedding, FeedForward, Rope, SelfAttention
+from rlhf_mel.nn import ConvPositionEmbedding, FeedForward, Rope, SelfAttention, modules_of, weights_of
 from rlhf_mel.policy import lora_layers
 from rlhf_mel.solvers import Rerun, Weights, differentiate
 
@@ -39,7 +40,7 @@ GRAPHS_BYTES = 2**30
 """What graphs' inputs and outputs may take; then shapes not used for longest go. The rest they share, a pool of it."""
 
 PATIENCE = 8
-"""Gradients of a shape before it is captured, which takes about as long as they do."""
+"""Gradients of a shape before it is captured: its memory is reserved from then on."""
 
 RECOMPILE_LIMIT = 64
 """Variants of a block that PyTorch may compile before it gives up: gradients, dtype, lengths, LoRA, autocast."""
@@ -185,7 +186,7 @@ def _named_lora_layers(backbone: nn.Module) -> dict[str, Any]:
 
 def _structure(backbone: nn.Module) -> Any:
     """What makes a twin useless when it changes: the parameters by identity, and their device."""
-    return [(id(weight), weight.device) for weight in backbone.parameters()]
+    return [(id(weight), weight.device) for weight in weights_of(backbone)]
 
 
 def merged_weight(layer: Any) -> Tensor:
@@ -347,56 +348,70 @@ class GradientGraphs:
         self._graphs = _Kept()
         self._uses: Counter[Any] = Counter()
         self._weights: Any = None
-        self._sums: list[Tensor] = []
-        self._borrower: Weights | None = None
+        self._sums: dict[int, Tensor] = {}
         self._touched: set[int] = set()
+        self._casts: dict[torch.dtype, _Casts] = {}
+        self._borrower: Weights | None = None
         self._adapted: list[Any] = []
 
     def __call__(
         self, backbone: nn.Module, run: Rerun, leaves: Sequence[Any], weights: Weights, cotangent: Tensor
     ) -> Sequence[Tensor | None]:
-        """Arguments and value of `differentiate`; where no graph is worth it, that is what is called."""
+        """Arguments and value of `differentiate`."""
         if cotangent.device.type != "cuda":
             return differentiate(run, leaves, weights, cotangent)
-        self._follow(backbone, weights)
+        weights.begin()
+        if not (self._borrower is weights and weights.lender is self):
+            self._follow(backbone, weights)
+            self._lend_to(weights)
+        casts = self._cast(backbone, run.autocast.dtype)
+        # the first step's x has no gradient, and would be a signature of its own
+        asked, leaves = leaves[0].requires_grad, [leaves[0].detach().requires_grad_(), *leaves[1:]]
         key = run.autocast, *map(_signature, leaves), *map(_adapter_state, self._adapted)
-        graph = self._graphs.get(key)
-        if graph is None:
+        gradient: Any = self._graphs.get(key)
+        if gradient is None:
+            gradient = SummedGradient(backbone, run, self._sums, casts)
             self._uses[key] += 1
-            if self._uses[key] <= PATIENCE:
-                return differentiate(run, leaves, weights, cotangent)
-            del self._uses[key]
-            graph = _GradientGraph(*_aliased(backbone, run, weights), leaves, cotangent, self._sums, self._graphs.pool)
-            self._graphs.keep(key, graph)
-        self._lend_to(weights)
-        self._touched |= graph.touched
-        return graph(leaves, cotangent)
+            if self._uses[key] > PATIENCE:
+                del self._uses[key]
+                gradient = self._graphs.keep(key, _GradientGraph(gradient, leaves, cotangent, self._graphs.pool))
+        found = gradient(leaves, cotangent)
+        self._touched |= gradient.touched
+        return found if asked else found[1:]
 
     def _follow(self, backbone: nn.Module, weights: Weights) -> None:
         """Drop all if the weights are no longer where the graphs read them."""
-        now = [(weight.data_ptr(), weight.requires_grad) for weight in backbone.parameters()]
+        now = [(weight.data_ptr(), weight.requires_grad) for weight in weights_of(backbone)]
         if self._weights == now:
             return
         if self._borrower is not None and self._borrower.lender is self:
             self.hand_over(self._borrower)
-        self._graphs, self._uses, self._weights = _Kept(), Counter(), now
+        self._graphs, self._uses, self._casts, self._weights = _Kept(), Counter(), {}, now
         self._adapted = lora_layers(backbone)
-        self._sums = [torch.zeros_like(parameter) for parameter in weights.parameters]
+        self._sums = {id(weight): torch.zeros_like(weight) for weight in weights.parameters}
 
     def _lend_to(self, weights: Weights) -> None:
-        weights.begin()
-        if self._borrower is weights and weights.lender is self:
-            return
         if self._borrower is not None and self._borrower.lender is self:
             self.hand_over(self._borrower)
-        torch._foreach_zero_(self._sums)
+        torch._foreach_zero_(list(self._sums.values()))
         self._touched = set()
+        for casts in self._casts.values():
+            casts.refresh()
         self._borrower, weights.lender = weights, self
+
+    def _cast(self, backbone: nn.Module, dtype: torch.dtype | None) -> Mapping[int, Tensor]:
+        """What autocast to `dtype` makes of the weights, by id of the weight."""
+        if dtype is None:
+            return {}
+        if dtype not in self._casts:
+            self._casts[dtype] = _Casts(backbone, dtype)
+        return self._casts[dtype].by_id
 
     def hand_over(self, weights: Weights) -> None:
         """Add what is summed here to the sums of `weights`, which borrowed it."""
         weights.lender, self._borrower = None, None
-        weights.add([value.clone() if k in self._touched else None for k, value in enumerate(self._sums)])
+        ids = map(id, weights.parameters)
+        weights.add([self._sums[key].clone() if key in self._touched else None for key in ids])
 
 
 def _signature(leaf: Any) -> Any:
@@ -406,6 +421,19 @@ def _signature(leaf: Any) -> Any:
 
 def _adapter_state(layer: Any) -> Any:
     return layer.disable_adapters, layer.merged, *layer.active_adapters
+
+
+class _Casts:
+    """Weights that autocast would cast in every layer, cast once."""
+
+    def __init__(self, backbone: nn.Module, dtype: torch.dtype) -> None:
+        layers = [module for module in modules_of(backbone) if isinstance(module, nn.Linear | nn.Conv1d)]
+        weights = {id(weight): weight.detach() for layer in layers for weight in layer.parameters(recurse=False)}
+        self._originals = {key: weight for key, weight in weights.items() if weight.dtype == torch.float32}
+        self.by_id = {key: weight.to(dtype) for key, weight in self._originals.items()}
+
+    def refresh(self) -> None:
+        torch._foreach_copy_(list(self.by_id.values()), list(self._originals.values()))
 
 
 class _Run(nn.Module):
@@ -419,61 +447,71 @@ class _Run(nn.Module):
         return self.run(leaves)
 
 
-def _aliased(
-    backbone: nn.Module, run: Callable[[Sequence[Any]], Tensor], weights: Weights
-) -> tuple[Callable[[Sequence[Any]], Tensor], Weights]:
-    """`run` with leaves of their own for the weights, in the same memory.
+class SummedGradient:
+    """`differentiate` that adds the gradients of weights to `sums`, each where it arises; sums and casts by id.
 
-    Autograd lets the gradient of a weight wait for the stream on which it first met the weight: the one that all else
-    runs on, which must not wait while another is captured.
+    It computes with leaves of its own in the place of weights, casts or the same memory. Autograd lets the gradient of
+    a weight wait for the stream on which it first met the weight: the one that all else runs on, which must not wait
+    while another is captured.
     """
-    names = {id(weight): name for name, weight in backbone.named_parameters()}
-    aliases = [nn.Parameter(weight.detach()) for weight in weights.parameters]
-    exchanged: dict[str, Tensor] = {
-        f"backbone.{names[id(weight)]}": alias
-        for weight, alias in zip(weights.parameters, aliases, strict=True)
-        if id(weight) in names
-    }
-    return partial(functional_call, _Run(backbone, run), exchanged, strict=False), Weights(aliases)
-
-
-class _GradientGraph:
-    """`differentiate` at leaves of one signature as one CUDA graph; gradients of weights are added to `sums`."""
 
     def __init__(
         self,
+        backbone: nn.Module,
         run: Callable[[Sequence[Any]], Tensor],
-        weights: Weights,
-        leaves: Sequence[Any],
-        cotangent: Tensor,
-        sums: Sequence[Tensor],
-        pool: Any,
+        sums: Mapping[int, Tensor],
+        casts: Mapping[int, Tensor],
     ) -> None:
+        self._run = _Run(backbone, run)
+        self._exchanged: dict[str, Tensor] = {}
+        self._trained: list[Tensor] = []
+        self.touched: set[int] = set()
+        for name, weight in backbone.named_parameters():
+            key = id(weight)
+            if key in sums or key in casts:
+                leaf = nn.Parameter(casts.get(key, weight).detach(), requires_grad=key in sums)
+                self._exchanged[f"backbone.{name}"] = leaf
+            if key in sums:
+                leaf.register_post_accumulate_grad_hook(partial(self._add, key, sums[key]))
+                self._trained.append(leaf)
+
+    def _add(self, key: int, total: Tensor, leaf: Any) -> None:
+        if leaf.is_cuda and leaf.dtype != total.dtype:
+            from rlhf_mel import kernels
+
+            kernels.add_(total, leaf.grad.contiguous())
+        else:
+            total.add_(leaf.grad)
+        leaf.grad = None
+        self.touched.add(key)
+
+    def __call__(self, leaves: Sequence[Any], cotangent: Tensor) -> Sequence[Tensor | None]:
+        """Gradients of <run(leaves), cotangent> by the leaves that have one."""
+        with torch.enable_grad():
+            v = functional_call(self._run, self._exchanged, (leaves,), strict=False)
+        wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        torch.autograd.backward(v, cotangent, inputs=[*wanted, *self._trained])
+        found = [leaf.grad for leaf in wanted]
+        for leaf in wanted:
+            leaf.grad = None
+        return found
+
+
+class _GradientGraph:
+    """A gradient as one CUDA graph, captured for leaves like these after it has run at some."""
+
+    def __init__(self, gradient: SummedGradient, leaves: Sequence[Any], cotangent: Tensor, pool: Any) -> None:
         self._leaves = [
             leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
             for leaf in leaves
         ]
         self._cotangent = cotangent.clone()
-        torch.cuda.empty_cache()  # what another stream has freed is of no use to the next
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles what is not yet, and lets cuBLAS and cuDNN allocate what they keep
-            self._differentiate(run, weights)
-        torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self._found, of_weights = self._differentiate(run, weights)
-            self.touched = {k for k, gradient in enumerate(of_weights) if gradient is not None}
-            torch._foreach_add_([sums[k] for k in self.touched], [of_weights[k] for k in self.touched])
-            del of_weights
+            self._found = gradient(self._leaves, self._cotangent)
+        self.touched = gradient.touched
         held = [*self._leaves, self._cotangent, *self._found]
         self.bytes = sum(value.nbytes for value in held if isinstance(value, Tensor))
-
-    def _differentiate(
-        self, run: Callable[[Sequence[Any]], Tensor], weights: Weights
-    ) -> tuple[Sequence[Tensor | None], Sequence[Any]]:
-        found = differentiate(run, self._leaves, weights, self._cotangent)
-        return found, weights.take()
 
     def __call__(self, leaves: Sequence[Any], cotangent: Tensor) -> Sequence[Tensor | None]:
         with torch.no_grad():

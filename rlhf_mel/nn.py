@@ -299,13 +299,30 @@ def _head_norm(qk_norm: str | None, dim_head: int) -> nn.RMSNorm | None:
     return nn.RMSNorm(dim_head, eps=1e-6) if qk_norm else None
 
 
+def modules_of(root: nn.Module) -> list[nn.Module]:
+    """`root` and all in it. A tenth of the time of root.modules(), milliseconds of each solve: that makes up names."""
+    found, open_ends = {id(root): root}, [root]
+    while open_ends:
+        for child in open_ends.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                open_ends.append(child)
+    return list(found.values())
+
+
+def weights_of(root: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `root` and all in it, each once."""
+    every = (weight for module in modules_of(root) for weight in module._parameters.values() if weight is not None)
+    return list({id(weight): weight for weight in every}.values())
+
+
 def keep_mode(module: nn.Module, function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """`function`, always run in the train/eval mode that `module` has now.
 
     A checkpointed step runs again inside backward(), after the caller may have switched modes: dropout would
     then differ between the two runs, and the gradient would silently be another function's.
     """
-    modules = list(module.modules())
+    modules = modules_of(module)
     wanted = [child.training for child in modules]
 
     @wraps(function)

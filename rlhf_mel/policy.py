@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .nn import keep_mode
+from .nn import keep_mode, modules_of, weights_of
 from .solvers import GradSteps, PureVelocity, Velocity, solve
 from .types import Prompts, Rollout
 
@@ -130,8 +130,11 @@ def velocity_as_now(policy: Policy | ReferencePolicy, cond: Any) -> Velocity:
     """The policy's velocity under `cond`, always in the train/eval mode it has now."""
     if not isinstance(policy, nn.Module):
         return partial(policy.velocity, cond=cond)
-    weights = [weight for weight in policy.parameters() if weight.requires_grad]
-    velocity = PureVelocity(keep_mode(policy, policy.velocity), cond, weights)
+    velocity = PureVelocity(
+        keep_mode(policy, policy.velocity),
+        cond,
+        lambda: [weight for weight in weights_of(policy) if weight.requires_grad],
+    )
     own = {"terms": getattr(policy, "velocity_terms", None)}
     if not policy.training:
         own["differentiate"] = getattr(policy, "differentiate", None)
@@ -162,7 +165,7 @@ def require_gradients(caller: str, *, remedy: str) -> None:
 @contextmanager
 def evaluating(policy: object) -> Iterator[None]:
     """Eval mode inside; outside, every module back in the mode it was in."""
-    modules = list(policy.modules()) if isinstance(policy, nn.Module) else []
+    modules = modules_of(policy) if isinstance(policy, nn.Module) else []
     modes = [module.training for module in modules]
     try:
         for module in modules:
@@ -230,7 +233,7 @@ def lora_layers(policy: object) -> list[Any]:
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+    return [module for module in modules_of(policy) if isinstance(module, BaseTunerLayer)]
 
 
 @contextmanager

@@ -266,8 +266,8 @@ class PureVelocity:
     """(x, t, cond) -> dx/dt."""
     cond: Any
     """A pytree."""
-    parameters: Sequence[Tensor]
-    """Weights that have a gradient."""
+    parameters: Callable[[], Sequence[Tensor]]
+    """Weights that have a gradient; asked for when a solve begins that makes one."""
     terms: Callable[[Any], Sequence[tuple[Any, float]]] = lambda cond: [(cond, 1.0)]
     """cond -> [(its part, factor)]: dx/dt = sum of factor * function(x, t, part). In backward() one term at a time runs
     and holds its graph."""
@@ -287,7 +287,7 @@ def differentiated(velocity: Velocity, checkpoint: bool, preserve_rng_state: boo
             return velocity(x, t).to(x.dtype)
         if isinstance(velocity, PureVelocity) and not preserve_rng_state:
             if not shared:
-                weights = Weights(velocity.parameters)
+                weights = Weights(velocity.parameters())
                 shared.extend((weights, weights.through(), *tree_flatten(velocity.cond)))
             weights, parameters, leaves, structure = shared
             return _Recomputed.apply(velocity, weights, structure, x, t, *parameters, *leaves)

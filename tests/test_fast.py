@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from rlhf_mel.cfm import CFM
 from rlhf_mel.ema import MovingAverage
-from rlhf_mel.fast import PATIENCE, _aliased
+from rlhf_mel.fast import PATIENCE, SummedGradient, _Casts
 from rlhf_mel.policy import add_lora, lora_disabled, lora_layers
 from rlhf_mel.solvers import Weights, differentiate
 
@@ -123,7 +123,8 @@ def test_gradient_is_the_plain_one() -> None:
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_aliases_of_weights_get_the_gradients_of_the_weights(lora: bool) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_summed_gradient_is_that_of_autograd(autocast: bool, lora: bool) -> None:
     """What a graph is captured of; on a CPU it can run as it is."""
     _, fast = fast_cfm()
     if lora:
@@ -131,19 +132,27 @@ def test_aliases_of_weights_get_the_gradients_of_the_weights(lora: bool) -> None
     counts = []
 
     def both(run: Any, leaves: Any, weights: Weights, cotangent: Tensor) -> Any:
-        aliased, aliases = _aliased(fast.transformer, run, weights)
-        found = [differentiate(aliased, leaves, aliases, cotangent), aliases.take()]
+        sums = {id(weight): torch.zeros_like(weight) for weight in weights.parameters}
+        casts = _Casts(fast.transformer, torch.bfloat16).by_id if autocast else {}
+        summed = SummedGradient(fast.transformer, run, sums, casts)
+        found = [summed(leaves, cotangent), summed(leaves, cotangent)]
         alone = Weights(weights.parameters)
         of_leaves, of_weights = differentiate(run, leaves, alone, cotangent), alone.take()
-        for ours, theirs in zip([*found[0], *found[1]], [*of_leaves, *of_weights], strict=True):
-            assert (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))
-        counts.append(sum(gradient is not None for gradient in of_weights))
+        for ours, theirs in zip([*found[0], *found[1]], 2 * of_leaves, strict=True):
+            assert torch.equal(ours, theirs)
+        for weight, gradient in zip(weights.parameters, of_weights, strict=True):
+            assert (id(weight) in summed.touched) == (gradient is not None)
+            assert gradient is None or torch.equal(sums[id(weight)], 2 * gradient)
+        counts.append(len(summed.touched))
         weights.add(of_weights)
         return of_leaves
 
     fast.differentiate = both  # type: ignore[method-assign]
-    spoken(fast, cache=False, steps=2).square().mean().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        mel = spoken(fast, cache=False, steps=2)
+    mel.float().square().mean().backward()
     assert counts[0] == counts[1] > 20
+    assert all(weight.dtype == torch.float32 and not weight._post_accumulate_grad_hooks for weight in fast.parameters())
 
 
 def test_copies_have_their_own_weights() -> None:

@@ -178,7 +178,7 @@ def test_the_initial_state_gets_its_gradient() -> None:
 def test_weights_get_their_gradient_once_whatever_backward_went_before() -> None:
     matrix = nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     unused = nn.Parameter(torch.ones(1, dtype=torch.float64))
-    velocity = solvers.PureVelocity(lambda x, t, cond: x @ matrix * t + cond, X0, [matrix, unused])
+    velocity = solvers.PureVelocity(lambda x, t, cond: x @ matrix * t + cond, X0, lambda: [matrix, unused])
     x0 = X0.clone().requires_grad_()
     plain, checkpointed = (
         solve(velocity, x0, grid(3), checkpoint=checkpoint)[-1].square().sum() for checkpoint in (False, True)

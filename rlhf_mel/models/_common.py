@@ -53,7 +53,7 @@ class TextEmbedding(nn.Module):
         )
 
     def forward(
-        self, text: Tensor, frames: int, lengths_frames: Tensor | None = None, drop_text: bool = False
+        self, text: Tensor, frames: int, lengths_frames: Tensor | None = None, drop_text: bool | Tensor = False
     ) -> Tensor:
         tokens = _lay_over_frames(text, frames)
         inside = None
@@ -62,7 +62,7 @@ class TextEmbedding(nn.Module):
             tokens = tokens.masked_fill(~inside, FILLER)
         # taken before text is dropped: the unconditional branch of F5-TTS still knows how long the text is
         spoken = tokens != FILLER
-        embedded = self.text_embed(torch.full_like(tokens, FILLER) if drop_text else tokens)
+        embedded = self.text_embed(drop_tokens(tokens, drop_text))
         embedded = zero_padding(embedded, inside)
         if self.text_blocks is not None:
             embedded = self._contextualize(embedded, inside, spoken if self.mask_padding else None)
@@ -77,6 +77,21 @@ class TextEmbedding(nn.Module):
         for block in self.text_blocks or ():
             embedded = zero_padding(block(embedded), spoken)
         return embedded
+
+
+def drop_tokens(tokens: Tensor, drop: bool | Tensor) -> Tensor:
+    """`tokens` [B, N], all FILLER where `drop`, for the batch or bool [B], says so."""
+    if isinstance(drop, Tensor):
+        return tokens.masked_fill(drop.unsqueeze(1), FILLER)
+    return torch.full_like(tokens, FILLER) if drop else tokens
+
+
+def embed_with_and_without(backbone: Any, text: Tensor, frames: int, lengths_frames: Tensor | None) -> Tensor:
+    """Embeddings of ids [B, N], then of the same without text, as classifier-free guidance needs them [2B, ...]."""
+    twice = None if lengths_frames is None else lengths_frames.repeat(2)
+    dropped = torch.arange(2 * len(text), device=text.device) >= len(text)
+    embedded: Tensor = backbone.embed_text(text.repeat(2, 1), frames, twice, drop_text=dropped)
+    return embedded
 
 
 def _lay_over_frames(text: Tensor, frames: int) -> Tensor:
@@ -167,11 +182,10 @@ def forward_as_f5(
     if not cfg_infer:
         known = torch.zeros_like(cond) if drop_audio_cond else cond
         return self.velocity(x, known, self.embed_text(text, frames, lengths, drop_text=drop_text), time, mask=mask)
-    texts = [self.embed_text(text, frames, lengths, drop_text=dropped) for dropped in (False, True)]
     return self.velocity(
         torch.cat((x, x)),
         torch.cat((cond, torch.zeros_like(cond))),
-        torch.cat(texts),
+        embed_with_and_without(self, text, frames, lengths),
         time if time.ndim == 0 else torch.cat((time, time)),
         mask=None if mask is None else torch.cat((mask, mask)),
     )

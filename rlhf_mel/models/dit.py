@@ -95,11 +95,11 @@ class DiT(nn.Module):
         return rotary_table(frames, self.dim_head, device or self.proj_out.weight.device)
 
     def embed_text(
-        self, text: Tensor, frames: int, lengths_frames: Tensor | None = None, *, drop_text: bool = False
+        self, text: Tensor, frames: int, lengths_frames: Tensor | None = None, *, drop_text: bool | Tensor = False
     ) -> Tensor:
         """Token ids [B, N], padded with -1, to [B, T, text_dim]; once a solve, with its graph.
 
-        lengths_frames [B] where items are shorter than T; `drop_text` for classifier-free guidance.
+        lengths_frames [B] where items are shorter than T; `drop_text` (all, or bool [B]) for guidance.
         """
         return self.text_embed(text, frames, lengths_frames, drop_text)
 

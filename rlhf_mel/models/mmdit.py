@@ -24,7 +24,7 @@ from ..nn import (
     rotary_table,
     zero_padding,
 )
-from ._common import FILLER, RotaryBuffer, forward_as_f5, run_block, start_from_zero
+from ._common import RotaryBuffer, drop_tokens, forward_as_f5, run_block, start_from_zero
 
 
 class TokenEmbedding(nn.Module):
@@ -35,9 +35,8 @@ class TokenEmbedding(nn.Module):
         self.mask_padding = mask_padding
         self.text_embed = nn.Embedding(text_num_embeds + 1, dim)
 
-    def forward(self, text: Tensor, drop_text: bool = False) -> Tensor:
-        tokens = torch.full_like(text, FILLER) if drop_text else text + 1
-        embedded = self.text_embed(tokens)
+    def forward(self, text: Tensor, drop_text: bool | Tensor = False) -> Tensor:
+        embedded = self.text_embed(drop_tokens(text + 1, drop_text))
         embedded = embedded + position_table(text.shape[1], embedded.shape[2], text.device).to(embedded.dtype)
         return zero_padding(embedded, text != -1 if self.mask_padding else None)
 
@@ -130,7 +129,7 @@ class MMDiT(nn.Module):
         return rotary_table(frames, self.dim_head, device or self.proj_out.weight.device)
 
     def embed_text(
-        self, text: Tensor, frames: int, lengths_frames: Tensor | None = None, *, drop_text: bool = False
+        self, text: Tensor, frames: int, lengths_frames: Tensor | None = None, *, drop_text: bool | Tensor = False
     ) -> Tensor:
         """Token ids [B, N], padded with -1, to [B, N, D + 1]: the last channel is 1 where there is a token.
 

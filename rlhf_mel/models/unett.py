@@ -77,7 +77,7 @@ class UNetT(nn.Module):
         return rotary_table(frames + 1, self.dim_head, device or self.proj_out.weight.device)
 
     def embed_text(
-        self, text: Tensor, frames: int, lengths_frames: Tensor | None = None, *, drop_text: bool = False
+        self, text: Tensor, frames: int, lengths_frames: Tensor | None = None, *, drop_text: bool | Tensor = False
     ) -> Tensor:
         """Token ids [B, N], padded with -1, to [B, T, text_dim]; once a solve, with its graph.
 
