@@ -10,9 +10,9 @@ f5-tts's own bfloat16 by more than a quarter. Upstream's gradients are taken in 
 request 1299 (no_grad taken off `sample`, nothing cached) and the same with torch's checkpoint around each velocity.
 
 Times are medians after a warm-up, between synchronisations; GiB are the most that PyTorch had reserved at once, warm-up
-and memory of CUDA graphs included, over what was there before: weights; TFLOP/s count products, convolutions and attention of
-the velocities once (a gradient three times, what runs again in backward not at all) over the rate of a large product of
-matrices, measured in the same run.
+and memory of CUDA graphs included, over the weights that were there before; TFLOP/s count products, convolutions and
+attention of the velocities once (a gradient three times, what runs again in backward not at all), beside the rate of a
+large product of matrices, measured in the same run.
 
 Leaves out: vocoder and reward in all cases but `update`; other GPUs than the one it runs on; batches of mixed lengths.
 Number to expect: docs/benchmarks.md.

@@ -298,15 +298,9 @@ class CFM(nn.Module):
         """Guided velocity [B, T, M] at x [B, T, M] and t (a scalar or [B]); branches in one batch."""
         if x.shape != cond.reference.shape:
             raise ValueError(f"x: expected {list(cond.reference.shape)} as encoded, got {list(x.shape)}")
-        call = partial(self.transformer.velocity, mask=cond.mask, rope=cond.rope)
         if self.fast is not None and not torch.is_grad_enabled() and not self.training:
-            call = partial(self.fast, self.transformer, mask=cond.mask, rope=cond.rope)
-        if not cond.guidance:
-            return call(x, cond.known, cond.text, t).to(x.dtype)
-        t = t if t.ndim == 0 else torch.cat((t, t))
-        # in the dtype of x: under autocast the difference of two bfloat16 numbers has few digits
-        prompted, free = call(torch.cat((x, x)), cond.known, cond.text, t).to(x.dtype).chunk(2)
-        return prompted + (prompted - free) * cond.guidance
+            return _guided(partial(self.fast, self.transformer), x, t, cond)
+        return _guided(self.transformer.velocity, x, t, cond)
 
     def velocity_terms(self, cond: Condition) -> list[tuple[Condition, float]]:
         """`cond` as [(part, factor)], the guided velocity being the sum of factor * velocity(part).
@@ -327,7 +321,7 @@ class CFM(nn.Module):
         graphs = None if self.fast is None else self.fast.gradients
         if graphs is None:
             return solvers.differentiate(run, leaves, weights, cotangent)
-        return graphs(self.transformer, run, leaves, weights, cotangent)
+        return graphs(self.transformer, _velocity_by, run, leaves, weights, cotangent)
 
     def timesteps(
         self,
@@ -445,6 +439,21 @@ class CFM(nn.Module):
             lacking = [row for row, text in enumerate(getattr(prompts, field)) if not self._tokenize(text.strip())]
             if lacking:
                 raise ValueError(f"{field}: expected words, got nothing to say in rows {lacking}; remove those rows")
+
+
+def _velocity_by(backbone: Any) -> Callable[[Tensor, Tensor, Condition], Tensor]:
+    return partial(_guided, backbone.velocity)
+
+
+def _guided(call: Callable[..., Tensor], x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    """CFM.velocity by a backbone's own velocity."""
+    call = partial(call, mask=cond.mask, rope=cond.rope)
+    if not cond.guidance:
+        return call(x, cond.known, cond.text, t).to(x.dtype)
+    t = t if t.ndim == 0 else torch.cat((t, t))
+    # in the dtype of x: under autocast the difference of two bfloat16 numbers has few digits
+    prompted, free = call(torch.cat((x, x)), cond.known, cond.text, t).to(x.dtype).chunk(2)
+    return prompted + (prompted - free) * cond.guidance
 
 
 def mel_spec_from_f5(kwargs: Mapping[str, Any]) -> MelSpec:

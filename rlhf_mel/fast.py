@@ -1,4 +1,4 @@
-"""Speed on a GPU: repeated blocks compiled, and velocities, or their gradients, replayed as one CUDA graph each.
+"""Speed on a GPU: repeated blocks compiled, and a velocity replayed as one CUDA graph; gradients are in gradients.py.
 
 `compile_blocks` compiles one block of the backbone, and the others reuse its code (regional compilation, as diffusers'
 `compile_repeated_blocks`): seconds where the whole model takes minutes. The first shape is compiled as it is, the
@@ -9,11 +9,6 @@ autocast would cast them to, cast once a solve and not once a step, with LoRA me
 exchanges the policy's own. A shape is captured as a CUDA graph when it first comes, which costs about three velocities;
 the rest of the solve waits for no launch. Nothing is padded: each shape has its own graph.
 
-`GradientGraphs` does the same for a velocity that runs again in backward() and its gradient: with compiled blocks
-the processor takes longer to launch them than a GPU to run them. Here, too, weights are cast once, and each gradient of
-one is added to a float32 sum and freed where it arises. A graph is captured when a shape has come more than PATIENCE
-times, in a solve of many steps or in many solves; what the largest needs stays reserved.
-
 All compute what the plain backbone computes, to rounding (tests/test_fast.py).
 """
 
@@ -21,26 +16,17 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rlhf_mel.nn import ConvPositionEmbedding, FeedForward, Rope, SelfAttention, modules_of, weights_of
+from rlhf_mel.gradients import GradientGraphs, KeptGraphs, join_projections
+from rlhf_mel.nn import ConvPositionEmbedding, FeedForward, Rope, SelfAttention, weights_of
 from rlhf_mel.policy import lora_layers
-from rlhf_mel.solvers import Rerun, Weights, differentiate
-
-GRAPHS_BYTES = 2**30
-"""What graphs' inputs and outputs may take; then shapes not used for longest go. The rest they share, a pool of it."""
-
-PATIENCE = 8
-"""Gradients of a shape before it is captured: its memory is reserved from then on."""
 
 RECOMPILE_LIMIT = 64
 """Variants of a block that PyTorch may compile before it gives up: gradients, dtype, lengths, LoRA, autocast."""
@@ -77,9 +63,9 @@ class FastVelocity:
 
     def __init__(self, *, compiled: bool = True, cuda_graphs: bool = True) -> None:
         self._options = {"compiled": compiled, "cuda_graphs": cuda_graphs}
-        self.gradients = GradientGraphs() if cuda_graphs else None
+        self.gradients = GradientGraphs(compile_blocks if compiled else lambda backbone: None) if cuda_graphs else None
         self._twins: dict[Any, Twin] = {}
-        self._graphs = _Kept()
+        self._graphs = KeptGraphs()
         self._text: Callable[[], Tensor | None] = lambda: None
         self._adapted: list[Any] = []
 
@@ -210,12 +196,7 @@ class _FusedProjections(SelfAttention):
 
     @staticmethod
     def change(module: SelfAttention) -> None:
-        for name in ("weight", "bias"):
-            parts = [getattr(projection, name) for projection in (module.to_q, module.to_k, module.to_v)]
-            whole = torch.cat([part.detach() for part in parts])
-            for part, own in zip(parts, whole.chunk(3), strict=True):
-                part.data = own
-            module.register_buffer(name, whole, persistent=False)
+        join_projections(module)
         module.__class__ = _FusedProjections
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
@@ -287,34 +268,6 @@ FASTER: Mapping[type[nn.Module], Any] = {
 """What layers of a twin become."""
 
 
-class _Kept:
-    """Graphs by what they were captured for; those not used for longest go when there are too many. One memory pool."""
-
-    def __init__(self) -> None:
-        self._graphs: OrderedDict[Any, Any] = OrderedDict()
-        self._pool: Any = None
-
-    @property
-    def pool(self) -> Any:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        return self._pool
-
-    def get(self, key: Any) -> Any:
-        if key in self._graphs:
-            self._graphs.move_to_end(key)
-        return self._graphs.get(key)
-
-    def keep(self, key: Any, graph: Any) -> Any:
-        while self._graphs and sum(kept.bytes for kept in self._graphs.values()) + graph.bytes > GRAPHS_BYTES:
-            self._graphs.popitem(last=False)
-        self._graphs[key] = graph
-        return graph
-
-    def drop(self, outdated: Callable[[Any], bool]) -> None:
-        for key in [key for key in self._graphs if outdated(key)]:
-            del self._graphs[key]
-
-
 class _Graph:
     """A function of tensors as one CUDA graph, captured at `inputs` and replayed at others of their shapes.
 
@@ -339,184 +292,3 @@ class _Graph:
                 static.copy_(value)
         self._graph.replay()
         return self._output.clone()  # another graph of the pool may write there
-
-
-class GradientGraphs:
-    """`solvers.differentiate` of one backbone in eval mode, from graphs; see the top of this file."""
-
-    def __init__(self) -> None:
-        self._graphs = _Kept()
-        self._uses: Counter[Any] = Counter()
-        self._weights: Any = None
-        self._sums: dict[int, Tensor] = {}
-        self._touched: set[int] = set()
-        self._casts: dict[torch.dtype, _Casts] = {}
-        self._borrower: Weights | None = None
-        self._adapted: list[Any] = []
-
-    def __call__(
-        self, backbone: nn.Module, run: Rerun, leaves: Sequence[Any], weights: Weights, cotangent: Tensor
-    ) -> Sequence[Tensor | None]:
-        """Arguments and value of `differentiate`."""
-        if cotangent.device.type != "cuda":
-            return differentiate(run, leaves, weights, cotangent)
-        weights.begin()
-        if not (self._borrower is weights and weights.lender is self):
-            self._follow(backbone, weights)
-            self._lend_to(weights)
-        casts = self._cast(backbone, run.autocast.dtype)
-        # the first step's x has no gradient, and would be a signature of its own
-        asked, leaves = leaves[0].requires_grad, [leaves[0].detach().requires_grad_(), *leaves[1:]]
-        key = run.autocast, *map(_signature, leaves), *map(_adapter_state, self._adapted)
-        gradient: Any = self._graphs.get(key)
-        if gradient is None:
-            gradient = SummedGradient(backbone, run, self._sums, casts)
-            self._uses[key] += 1
-            if self._uses[key] > PATIENCE:
-                del self._uses[key]
-                gradient = self._graphs.keep(key, _GradientGraph(gradient, leaves, cotangent, self._graphs.pool))
-        found = gradient(leaves, cotangent)
-        self._touched |= gradient.touched
-        return found if asked else found[1:]
-
-    def _follow(self, backbone: nn.Module, weights: Weights) -> None:
-        """Drop all if the weights are no longer where the graphs read them."""
-        now = [(weight.data_ptr(), weight.requires_grad) for weight in weights_of(backbone)]
-        if self._weights == now:
-            return
-        if self._borrower is not None and self._borrower.lender is self:
-            self.hand_over(self._borrower)
-        self._graphs, self._uses, self._casts, self._weights = _Kept(), Counter(), {}, now
-        self._adapted = lora_layers(backbone)
-        self._sums = {id(weight): torch.zeros_like(weight) for weight in weights.parameters}
-
-    def _lend_to(self, weights: Weights) -> None:
-        if self._borrower is not None and self._borrower.lender is self:
-            self.hand_over(self._borrower)
-        torch._foreach_zero_(list(self._sums.values()))
-        self._touched = set()
-        for casts in self._casts.values():
-            casts.refresh()
-        self._borrower, weights.lender = weights, self
-
-    def _cast(self, backbone: nn.Module, dtype: torch.dtype | None) -> Mapping[int, Tensor]:
-        """What autocast to `dtype` makes of the weights, by id of the weight."""
-        if dtype is None:
-            return {}
-        if dtype not in self._casts:
-            self._casts[dtype] = _Casts(backbone, dtype)
-        return self._casts[dtype].by_id
-
-    def hand_over(self, weights: Weights) -> None:
-        """Add what is summed here to the sums of `weights`, which borrowed it."""
-        weights.lender, self._borrower = None, None
-        ids = map(id, weights.parameters)
-        weights.add([self._sums[key].clone() if key in self._touched else None for key in ids])
-
-
-def _signature(leaf: Any) -> Any:
-    """What a graph is captured for; a leaf that is no tensor is part of it."""
-    return (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
-
-
-def _adapter_state(layer: Any) -> Any:
-    return layer.disable_adapters, layer.merged, *layer.active_adapters
-
-
-class _Casts:
-    """Weights that autocast would cast in every layer, cast once."""
-
-    def __init__(self, backbone: nn.Module, dtype: torch.dtype) -> None:
-        layers = [module for module in modules_of(backbone) if isinstance(module, nn.Linear | nn.Conv1d)]
-        weights = {id(weight): weight.detach() for layer in layers for weight in layer.parameters(recurse=False)}
-        self._originals = {key: weight for key, weight in weights.items() if weight.dtype == torch.float32}
-        self.by_id = {key: weight.to(dtype) for key, weight in self._originals.items()}
-
-    def refresh(self) -> None:
-        torch._foreach_copy_(list(self.by_id.values()), list(self._originals.values()))
-
-
-class _Run(nn.Module):
-    """A function that computes with a backbone, as a module, whose weights `functional_call` can exchange."""
-
-    def __init__(self, backbone: nn.Module, run: Callable[[Sequence[Any]], Tensor]) -> None:
-        super().__init__()
-        self.backbone, self.run = backbone, run
-
-    def forward(self, leaves: Sequence[Any]) -> Tensor:
-        return self.run(leaves)
-
-
-class SummedGradient:
-    """`differentiate` that adds the gradients of weights to `sums`, each where it arises; sums and casts by id.
-
-    It computes with leaves of its own in the place of weights, casts or the same memory. Autograd lets the gradient of
-    a weight wait for the stream on which it first met the weight: the one that all else runs on, which must not wait
-    while another is captured.
-    """
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        run: Callable[[Sequence[Any]], Tensor],
-        sums: Mapping[int, Tensor],
-        casts: Mapping[int, Tensor],
-    ) -> None:
-        self._run = _Run(backbone, run)
-        self._exchanged: dict[str, Tensor] = {}
-        self._trained: list[Tensor] = []
-        self.touched: set[int] = set()
-        for name, weight in backbone.named_parameters():
-            key = id(weight)
-            if key in sums or key in casts:
-                leaf = nn.Parameter(casts.get(key, weight).detach(), requires_grad=key in sums)
-                self._exchanged[f"backbone.{name}"] = leaf
-            if key in sums:
-                leaf.register_post_accumulate_grad_hook(partial(self._add, key, sums[key]))
-                self._trained.append(leaf)
-
-    def _add(self, key: int, total: Tensor, leaf: Any) -> None:
-        if leaf.is_cuda and leaf.dtype != total.dtype:
-            from rlhf_mel import kernels
-
-            kernels.add_(total, leaf.grad.contiguous())
-        else:
-            total.add_(leaf.grad)
-        leaf.grad = None
-        self.touched.add(key)
-
-    def __call__(self, leaves: Sequence[Any], cotangent: Tensor) -> Sequence[Tensor | None]:
-        """Gradients of <run(leaves), cotangent> by the leaves that have one."""
-        with torch.enable_grad():
-            v = functional_call(self._run, self._exchanged, (leaves,), strict=False)
-        wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
-        torch.autograd.backward(v, cotangent, inputs=[*wanted, *self._trained])
-        found = [leaf.grad for leaf in wanted]
-        for leaf in wanted:
-            leaf.grad = None
-        return found
-
-
-class _GradientGraph:
-    """A gradient as one CUDA graph, captured for leaves like these after it has run at some."""
-
-    def __init__(self, gradient: SummedGradient, leaves: Sequence[Any], cotangent: Tensor, pool: Any) -> None:
-        self._leaves = [
-            leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
-            for leaf in leaves
-        ]
-        self._cotangent = cotangent.clone()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._found = gradient(self._leaves, self._cotangent)
-        self.touched = gradient.touched
-        held = [*self._leaves, self._cotangent, *self._found]
-        self.bytes = sum(value.nbytes for value in held if isinstance(value, Tensor))
-
-    def __call__(self, leaves: Sequence[Any], cotangent: Tensor) -> Sequence[Tensor | None]:
-        with torch.no_grad():
-            for static, value in zip((*self._leaves, self._cotangent), (*leaves, cotangent), strict=True):
-                if isinstance(static, Tensor):
-                    static.copy_(value)
-        self._graph.replay()
-        return [None if value is None else value.clone() for value in self._found]

@@ -114,17 +114,3 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
 
 
 grouped_convolution.register_autograd(_backward, setup_context=_setup)
-
-
-@triton.jit
-def _add(total, more, count, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = at < count
-    found = tl.load(total + at, mask=here) + tl.load(more + at, mask=here).to(total.dtype.element_ty)
-    tl.store(total + at, found, mask=here)
-
-
-def add_(total: Tensor, more: Tensor) -> None:
-    """total += more, both contiguous and of one shape: PyTorch's kernel for two dtypes takes twice as long."""
-    block = 1024
-    _add[(triton.cdiv(total.numel(), block),)](total, more, total.numel(), block, num_warps=4)

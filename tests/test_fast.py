@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from problems import MEL, VOCABULARY, tiny_backbone
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlhf_mel.cfm import CFM
+from rlhf_mel.cfm import CFM, _velocity_by
 from rlhf_mel.ema import MovingAverage
-from rlhf_mel.fast import PATIENCE, SummedGradient, _Casts
+from rlhf_mel.gradients import PATIENCE, StandIn, Sums
 from rlhf_mel.policy import add_lora, lora_disabled, lora_layers
 from rlhf_mel.solvers import Weights, differentiate
 
@@ -122,28 +123,34 @@ def test_gradient_is_the_plain_one() -> None:
             assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-9
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("backbone", ["DiT", "UNetT", "MMDiT"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_summed_gradient_is_that_of_autograd(autocast: bool, lora: bool) -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_stand_in_sums_the_gradients_of_autograd(backbone: str, autocast: bool, lora: bool) -> None:
     """What a graph is captured of; on a CPU it can run as it is."""
-    _, fast = fast_cfm()
+    _, fast = fast_cfm(backbone)
     if lora:
         add_lora(fast)
+        for name, weight in fast.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
     counts = []
 
     def both(run: Any, leaves: Any, weights: Weights, cotangent: Tensor) -> Any:
-        sums = {id(weight): torch.zeros_like(weight) for weight in weights.parameters}
-        casts = _Casts(fast.transformer, torch.bfloat16).by_id if autocast else {}
-        summed = SummedGradient(fast.transformer, run, sums, casts)
-        found = [summed(leaves, cotangent), summed(leaves, cotangent)]
+        sums = Sums(fast.transformer, weights.parameters)
+        stand_in = StandIn(fast.transformer, torch.bfloat16 if autocast else None, sums)
+        own = replace(run, function=_velocity_by(stand_in.backbone))
+        found = [stand_in.differentiate(own, leaves, cotangent), stand_in.differentiate(own, leaves, cotangent)]
         alone = Weights(weights.parameters)
         of_leaves, of_weights = differentiate(run, leaves, alone, cotangent), alone.take()
+        error = 2e-2 if autocast else 1e-5
         for ours, theirs in zip([*found[0], *found[1]], 2 * of_leaves, strict=True):
-            assert torch.equal(ours, theirs)
+            assert (ours - theirs).norm() <= error * theirs.norm()
         for weight, gradient in zip(weights.parameters, of_weights, strict=True):
-            assert (id(weight) in summed.touched) == (gradient is not None)
-            assert gradient is None or torch.equal(sums[id(weight)], 2 * gradient)
-        counts.append(len(summed.touched))
+            assert (id(weight) in stand_in.touched) == (gradient is not None)
+            if gradient is not None:
+                assert (sums.by_id[id(weight)] - 2 * gradient).norm() <= 2 * error * gradient.norm() + 1e-9
+        counts.append(len(stand_in.touched))
         weights.add(of_weights)
         return of_leaves
 
@@ -151,7 +158,7 @@ def test_summed_gradient_is_that_of_autograd(autocast: bool, lora: bool) -> None
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         mel = spoken(fast, cache=False, steps=2)
     mel.float().square().mean().backward()
-    assert counts[0] == counts[1] > 20
+    assert counts[0] == counts[1] > 10
     assert all(weight.dtype == torch.float32 and not weight._post_accumulate_grad_hooks for weight in fast.parameters())
 
 
