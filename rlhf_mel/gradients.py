@@ -9,7 +9,7 @@ what autocast would make of them in every layer. A linear layer there adds the g
 as the product that makes them writes its result, with no gradient in half precision between; of other layers each
 gradient is added and freed where it arises. The sums are for all velocities of a solve, and reach autograd once.
 
-All compute what `differentiate` does, to rounding (tests/test_gradients.py).
+All compute what `differentiate` does, to rounding (tests/test_fast.py).
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def test_stand_in_sums_the_gradients_of_autograd(backbone: str, autocast: bool, 
         found = [stand_in.differentiate(own, leaves, cotangent), stand_in.differentiate(own, leaves, cotangent)]
         alone = Weights(weights.parameters)
         of_leaves, of_weights = differentiate(run, leaves, alone, cotangent), alone.take()
-        error = 2e-2 if autocast else 1e-5
+        error = 4e-2 if autocast else 1e-5
         for ours, theirs in zip([*found[0], *found[1]], 2 * of_leaves, strict=True):
             assert (ours - theirs).norm() <= error * theirs.norm()
         for weight, gradient in zip(weights.parameters, of_weights, strict=True):

@@ -23,6 +23,7 @@ LAYERS = (
     "nn",
     "models",
     "policy",
+    "gradients",
     "fast",
     "ema",
     "trajectories",
