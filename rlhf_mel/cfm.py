@@ -318,10 +318,9 @@ class CFM(nn.Module):
         self, run: solvers.Rerun, leaves: Sequence[Any], weights: solvers.Weights, cotangent: Tensor
     ) -> Sequence[Tensor | None]:
         """`solvers.differentiate` of this policy's velocity in eval mode; see `speed_up`."""
-        graphs = None if self.fast is None else self.fast.gradients
-        if graphs is None:
+        if self.fast is None:
             return solvers.differentiate(run, leaves, weights, cotangent)
-        return graphs(self.transformer, _velocity_by, run, leaves, weights, cotangent)
+        return self.fast.differentiate(self.transformer, _velocity_by, run, leaves, weights, cotangent)
 
     def timesteps(
         self,

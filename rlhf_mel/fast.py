@@ -24,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rlhf_mel.gradients import GradientGraphs, KeptGraphs, join_projections
+from rlhf_mel.gradients import GradientGraphs, KeptGraphs
 from rlhf_mel.nn import ConvPositionEmbedding, FeedForward, Rope, SelfAttention, weights_of
 from rlhf_mel.policy import lora_layers
+from rlhf_mel.solvers import Rerun, Weights, differentiate
+from rlhf_mel.summing import join_projections
 
 RECOMPILE_LIMIT = 64
 """Variants of a block that PyTorch may compile before it gives up: gradients, dtype, lengths, LoRA, autocast."""
@@ -63,7 +65,7 @@ class FastVelocity:
 
     def __init__(self, *, compiled: bool = True, cuda_graphs: bool = True) -> None:
         self._options = {"compiled": compiled, "cuda_graphs": cuda_graphs}
-        self.gradients = GradientGraphs(compile_blocks if compiled else lambda backbone: None) if cuda_graphs else None
+        self._gradients = GradientGraphs(compile_blocks if compiled else lambda backbone: None) if cuda_graphs else None
         self._twins: dict[Any, Twin] = {}
         self._graphs = KeptGraphs()
         self._text: Callable[[], Tensor | None] = lambda: None
@@ -81,6 +83,19 @@ class FastVelocity:
             if device == "cuda" and self._options["cuda_graphs"]:
                 return self._graph(twin, inputs)(inputs)
             return twin.velocity(inputs)
+
+    def differentiate(
+        self, backbone: nn.Module, of: Callable[..., Any], run: Rerun, leaves: Any, weights: Weights, cotangent: Tensor
+    ) -> Sequence[Tensor | None]:
+        """`solvers.differentiate`, by graphs if there are any; `of` as of GradientGraphs."""
+        if self._gradients is None:
+            return differentiate(run, leaves, weights, cotangent)
+        return self._gradients(backbone, of, run, leaves, weights, cotangent, self._cast)
+
+    def _cast(self, dtype: torch.dtype | None) -> Mapping[str, Tensor]:
+        """The backbone's weights in `dtype`, by name, where a twin has them as they are: without LoRA."""
+        twin = self._twins.get((dtype,))
+        return {} if twin is None else twin.weights
 
     def _twin(self, backbone: nn.Module, dtype: torch.dtype, text: Tensor) -> Twin:
         """The twin in `dtype` with the weights that the backbone has now; another one where LoRA is switched off."""
@@ -126,7 +141,8 @@ class Twin:
             if type(module) in FASTER:
                 FASTER[type(module)].change(module)
         self._packed: list[Any] = [module for module in twin.modules() if isinstance(module, _PackedConvolutions)]
-        self._plain = [(weight, self._original(name)) for name, weight in twin.named_parameters()]
+        self.weights = dict(twin.named_parameters())
+        self._plain = [(weight, self._original(name)) for name, weight in self.weights.items()]
         if compiled:
             compile_blocks(twin)
         self._seen: Any = None

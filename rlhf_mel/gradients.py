@@ -5,9 +5,8 @@ than a GPU to run them. `GradientGraphs` captures both as one graph when a shape
 solve of many steps or in many solves; what the largest needs stays reserved.
 
 What is captured is the velocity of a `StandIn`: a copy of the backbone whose weights are cast once in a backward(), to
-what autocast would make of them in every layer. A linear layer there adds the gradients of its weights to float32 sums
-as the product that makes them writes its result, with no gradient in half precision between; of other layers each
-gradient is added and freed where it arises. The sums are for all velocities of a solve, and reach autograd once.
+what autocast would make of them in every layer, and whose layers add the gradients of their weights to float32 sums
+(summing.py). The sums are for all velocities of a solve, and reach autograd once.
 
 All compute what `differentiate` does, to rounding (tests/test_fast.py).
 """
@@ -16,18 +15,19 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_mel.nn import SelfAttention, modules_of, weights_of
+from rlhf_mel.models.dit import DiTBlock
+from rlhf_mel.nn import FeedForward, SelfAttention, modules_of, weights_of
 from rlhf_mel.policy import lora_layers
 from rlhf_mel.solvers import Rerun, Weights, differentiate
+from rlhf_mel.summing import SUMMED, SummingAttention, SummingBlock, SummingFeedForward, SummingLinear, add_and_free
 
 GRAPHS_BYTES = 2**30
 """What graphs' inputs and outputs may take; then shapes not used for longest go. The rest they share, a pool of it."""
@@ -92,15 +92,20 @@ class GradientGraphs:
         leaves: Sequence[Any],
         weights: Weights,
         cotangent: Tensor,
+        cast: Callable[[torch.dtype | None], Mapping[str, Tensor]],
     ) -> Sequence[Tensor | None]:
-        """Arguments and value of `differentiate`, and `of(backbone)`, run's function computed by any backbone."""
-        if cotangent.device.type != "cuda":
+        """Arguments and value of `differentiate`, and these:
+
+        of: `of(backbone)` is run's function computed by any backbone.
+        cast: weights of the backbone, by name, that are there in a dtype already: a stand-in uses that memory.
+        """
+        if cotangent.device.type != "cuda" or cotangent.dtype == torch.float64:
             return differentiate(run, leaves, weights, cotangent)
         weights.begin()
         if not (self._borrower is weights and weights.lender is self):
             self._follow(backbone, weights)
             self._lend_to(weights)
-        stand_in = self._stand_in(backbone, run.autocast.dtype)
+        stand_in = self._stand_in(backbone, run.autocast.dtype, cast)
         # the first step's x has no gradient, and would be a signature of its own
         asked, leaves = leaves[0].requires_grad, [leaves[0].detach().requires_grad_(), *leaves[1:]]
         key = stand_in, run.autocast, *map(_signature, leaves)
@@ -134,10 +139,10 @@ class GradientGraphs:
             stand_in.follow()
         self._borrower, weights.lender = weights, self
 
-    def _stand_in(self, backbone: nn.Module, dtype: torch.dtype | None) -> StandIn:
+    def _stand_in(self, backbone: nn.Module, dtype: torch.dtype | None, cast: Callable[..., Any]) -> StandIn:
         key = dtype, *((layer.disable_adapters, layer.merged, *layer.active_adapters) for layer in self._adapted)
         if key not in self._stand_ins:
-            self._stand_ins[key] = StandIn(backbone, dtype, self._sums)
+            self._stand_ins[key] = StandIn(backbone, dtype, self._sums, cast(dtype))
             self._change(self._stand_ins[key].backbone)
         return self._stand_ins[key]
 
@@ -169,8 +174,9 @@ class Sums:
 
 
 def _projections(module: nn.Module) -> list[list[Tensor]]:
-    """The weights, and the biases, of queries, keys and values, where these are plain layers of one attention."""
-    layers: Any = [module.to_q, module.to_k, module.to_v] if type(module) is SelfAttention else []
+    """The weights, and the biases, of queries, keys and values, where nothing is done with them but to turn them."""
+    plain = type(module) is SelfAttention and module.q_norm is None and module.k_norm is None
+    layers: Any = [module.to_q, module.to_k, module.to_v] if plain else []
     if not layers or any(type(layer) is not nn.Linear for layer in layers):
         return []
     return [[layer.weight for layer in layers], [layer.bias for layer in layers]]
@@ -181,9 +187,16 @@ class StandIn:
 
     dtype: what linear layers and convolutions are cast to, None to leave them; all else, and what needs no cast, is
         the backbone's own memory.
+    cast: weights that are there in `dtype`, by name.
     """
 
-    def __init__(self, backbone: nn.Module, dtype: torch.dtype | None, sums: Sums) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        dtype: torch.dtype | None,
+        sums: Sums,
+        cast: Mapping[str, Tensor],
+    ) -> None:
         self.backbone: Any = copy.deepcopy(backbone)
         self.touched: set[int] = set()
         """Ids of the backbone's weights that have had a gradient."""
@@ -193,13 +206,19 @@ class StandIn:
         for name, original in backbone.named_modules():
             layer: Any = self.backbone.get_submodule(name)
             for key, weight in _own_weights(original).items():
-                cast = dtype if isinstance(original, nn.Linear | nn.Conv1d) and weight.dtype == torch.float32 else None
-                layer._parameters[key].data = weight.detach().to(cast)
+                layer._parameters[key].data = weight.detach()
+                if isinstance(original, nn.Linear | nn.Conv1d) and weight.dtype == torch.float32 and dtype is not None:
+                    layer._parameters[key].data = cast.get(f"{name}.{key}", weight).detach().to(dtype)
                 pairs.append((layer._parameters[key], weight))
             self._sum_up(layer, original, sums)
         for name, original in backbone.named_modules():
+            layer = self.backbone.get_submodule(name)
             if _projections(original) and id(original.to_q.weight) in sums.joined:
-                self._join(self.backbone.get_submodule(name), original, sums)
+                self._join(layer, original, sums)
+            elif type(original) is FeedForward:
+                SummingFeedForward.change(layer)
+            elif type(original) is DiTBlock:
+                SummingBlock.change(layer)
         self._copies = [(own.detach(), weight.detach()) for own, weight in pairs if own.data_ptr() != weight.data_ptr()]
 
     def _sum_up(self, layer: Any, original: nn.Module, sums: Sums) -> None:
@@ -208,18 +227,18 @@ class StandIn:
         totals = {name: sums.by_id[id(weight)] for name, weight in weights.items() if id(weight) in sums.by_id}
         self._leaves += [layer._parameters[name] for name in totals]
         if type(layer) is nn.Linear and totals and len(totals) == len(weights):
-            _SummingLinear.change(layer, totals["weight"], totals.get("bias"))
+            SummingLinear.change(layer, totals["weight"], totals.get("bias"))
             self._ids[totals["weight"].data_ptr()] = [id(weight) for weight in weights.values()]
             return
         for name, total in totals.items():
-            layer._parameters[name].register_post_accumulate_grad_hook(partial(_add_and_free, total))
+            layer._parameters[name].register_post_accumulate_grad_hook(partial(add_and_free, total))
             self._ids[total.data_ptr()] = [id(weights[name])]
 
     def _join(self, attention: Any, original: Any, sums: Sums) -> None:
         """Queries, keys and values by one product."""
         weights, biases = _projections(original)
         of_weight, of_bias = sums.joined[id(weights[0])], sums.joined[id(biases[0])]
-        _SummingProjections.change(attention, of_weight, of_bias)
+        SummingAttention.change(attention, of_weight, of_bias)
         self._leaves += [attention.weight, attention.bias]
         self._ids[of_weight.data_ptr()] = list(map(id, [*weights, *biases]))
 
@@ -244,114 +263,6 @@ class StandIn:
 
 def _own_weights(layer: nn.Module) -> dict[str, Tensor]:
     return {name: weight for name, weight in layer._parameters.items() if weight is not None}
-
-
-SUMMED: set[int] = set()
-"""Where the sums lie that have been added to."""
-
-
-def _add_and_free(total: Tensor, leaf: Any) -> None:
-    total.add_(leaf.grad)
-    leaf.grad = None
-    SUMMED.add(total.data_ptr())
-
-
-@torch.library.custom_op(
-    "rlhf_mel::add_weight_gradient_",
-    mutates_args=("total",),
-    schema="(Tensor(a!) total, Tensor grad, Tensor x) -> ()",
-)
-def add_weight_gradient_(total: Tensor, grad: Tensor, x: Tensor) -> None:
-    """total [O, I] += sum over all rows of grad [..., O]^T x [..., I], in the dtype of `total`."""
-    SUMMED.add(total.data_ptr())
-    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
-    if grad.dtype == total.dtype:
-        total.addmm_(grad.t(), x)
-    elif grad.is_cuda:
-        torch.addmm(total, grad.t(), x, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(grad.t() @ x)
-
-
-@add_weight_gradient_.register_fake
-def _(total: Tensor, grad: Tensor, x: Tensor) -> None:
-    return None
-
-
-@torch.library.custom_op("rlhf_mel::joined", mutates_args=(), schema="(Tensor[] parts) -> Tensor")
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Side by side. An operator of its own, for the compiler would compute each part where the others are written."""
-    return torch.cat(list(parts), dim=-1)
-
-
-@joined.register_fake
-def _(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0].new_empty((*parts[0].shape[:-1], sum(part.shape[-1] for part in parts)))
-
-
-class _SummedLinear(torch.autograd.Function):
-    """F.linear in `count` equal parts; gradients by weight [O, I] and bias [O] are added to sums of their shapes."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, of_weight: Tensor, of_bias: Tensor | None, count: int
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, weight, of_weight, of_bias)
-        return tuple(F.linear(x, weight, bias).chunk(count, dim=-1))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, of_weight, of_bias = ctx.saved_tensors
-        grad = grads[0] if len(grads) == 1 else joined(grads)
-        add_weight_gradient_(of_weight, grad, x)
-        if of_bias is not None:
-            of_bias.add_(grad.flatten(0, -2).sum(0, dtype=of_bias.dtype))
-        return grad @ weight if ctx.needs_input_grad[0] else None, *[None] * 5
-
-
-class _SummingLinear(nn.Linear):
-    of_weight: Tensor
-    of_bias: Tensor | None
-
-    @staticmethod
-    def change(layer: Any, of_weight: Tensor, of_bias: Tensor | None) -> None:
-        layer.of_weight, layer.of_bias = of_weight, of_bias
-        layer.__class__ = _SummingLinear
-
-    def forward(self, x: Tensor) -> Tensor:
-        sums = self.of_weight, self.of_bias
-        parts: Any = _SummedLinear.apply(x.to(self.weight.dtype), self.weight, self.bias, *sums, 1)
-        return parts[0]
-
-
-class _SummingProjections(SelfAttention):
-    weight: Tensor
-    bias: Tensor
-    of_weight: Tensor
-    of_bias: Tensor
-
-    @staticmethod
-    def change(module: Any, of_weight: Tensor, of_bias: Tensor) -> None:
-        join_projections(module)
-        module.weight.requires_grad_()
-        module.bias.requires_grad_()
-        module.of_weight, module.of_bias = of_weight, of_bias
-        module.__class__ = _SummingProjections
-
-    def project(self, x: Tensor) -> Sequence[Tensor]:
-        weights = self.weight, self.bias, self.of_weight, self.of_bias
-        parts: Any = _SummedLinear.apply(x.to(self.weight.dtype), *weights, 3)
-        return parts
-
-
-def join_projections(module: Any) -> None:
-    """Weights and biases of queries, keys and values become parts of `module.weight` and `module.bias`."""
-    for name in ("weight", "bias"):
-        parts = [getattr(projection, name) for projection in (module.to_q, module.to_k, module.to_v)]
-        whole = torch.cat([part.detach() for part in parts])
-        for part, own in zip(parts, whole.chunk(3), strict=True):
-            part.data = own
-        module.register_buffer(name, whole, persistent=False)
 
 
 class _GradientGraph:

@@ -144,9 +144,12 @@ class AdaLayerNorm(nn.Module):
         self.linear = nn.Linear(dim, dim * 6)
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
 
+    def modulation(self, time_embedding: Tensor) -> Sequence[Tensor]:
+        """Shift, scale, gate of attention, the same of the feed-forward [B or 1, 1, D]."""
+        return self.linear(F.silu(time_embedding)).unsqueeze(1).chunk(6, dim=-1)
+
     def forward(self, x: Tensor, time_embedding: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        modulation = self.linear(F.silu(time_embedding)).unsqueeze(1)
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(time_embedding)
         return self.norm(x) * (1 + scale) + shift, gate, mlp_shift, mlp_scale, mlp_gate
 
 
@@ -217,10 +220,15 @@ class SelfAttention(nn.Module):
         """Queries, keys, values [B, T, heads * dim_head]."""
         return self.to_q(x), self.to_k(x), self.to_v(x)
 
-    def forward(self, x: Tensor, mask: Tensor | None, rope: Rope) -> Tensor:
+    def turned(self, x: Tensor, rope: Rope) -> Sequence[Tensor]:
+        """Queries and keys, normed and at their positions, and values [B, T, heads, dim_head]."""
         query, key, value = (split_heads(projected, self.heads) for projected in self.project(x))
         query = apply_rope(norm_heads(query, self.q_norm), rope, self.pe_attn_head)
         key = apply_rope(norm_heads(key, self.k_norm), rope, self.pe_attn_head)
+        return query, key, value
+
+    def forward(self, x: Tensor, mask: Tensor | None, rope: Rope) -> Tensor:
+        query, key, value = self.turned(x, rope)
         attended = mask[:, None, None, :] if self.attn_mask_enabled and mask is not None else None
         x = attention(query, key, value, attended)
         project_out, dropout = self.to_out

@@ -171,14 +171,14 @@ class Weights:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = parameters
         self.lender: Any = None
-        """A GradientGraphs that has more of the sums: fast.py."""
+        """A GradientGraphs that has more of the sums: gradients.py."""
         self._sums: list[Tensor | None] = []
         self._task = -1
 
-    def through(self) -> Sequence[Tensor]:
-        """The parameters, as a velocity must take them to have its gradients summed."""
-        passed: Any = _SummedOnce.apply(self, *self.parameters)
-        return passed or ()
+    def token(self) -> Tensor | None:
+        """What a velocity must take to have its gradients summed: it stands for all parameters. None without any."""
+        token: Any = _SummedOnce.apply(self, *self.parameters) if self.parameters else None
+        return token
 
     def begin(self) -> None:
         """Forget what a backward() before this one has left, if it never came to an end."""
@@ -201,16 +201,18 @@ class Weights:
 
 
 class _SummedOnce(torch.autograd.Function):
-    """Parameters as they are; their gradient is what Weights has, when the last velocity that had them is through."""
+    """Parameters to a token; their gradient is what Weights has, when the last velocity that took it is through."""
 
     @staticmethod
-    def forward(ctx: Any, weights: Weights, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, weights: Weights, *parameters: Tensor) -> Tensor:
         ctx.weights = weights
+        ctx.save_for_backward(*parameters)
         ctx.set_materialize_grads(False)
-        return tuple(parameter.view_as(parameter) for parameter in parameters)
+        return parameters[0].new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        _ = ctx.saved_tensors  # says so if one was written to since
         return None, *ctx.weights.take()
 
 
@@ -288,9 +290,9 @@ def differentiated(velocity: Velocity, checkpoint: bool, preserve_rng_state: boo
         if isinstance(velocity, PureVelocity) and not preserve_rng_state:
             if not shared:
                 weights = Weights(velocity.parameters())
-                shared.extend((weights, weights.through(), *tree_flatten(velocity.cond)))
-            weights, parameters, leaves, structure = shared
-            return _Recomputed.apply(velocity, weights, structure, x, t, *parameters, *leaves)
+                shared.extend((weights, weights.token(), *tree_flatten(velocity.cond)))
+            weights, token, leaves, structure = shared
+            return _Recomputed.apply(velocity, weights, structure, token, x, t, *leaves)
         # not reentrant: gradients also reach what `velocity` closes over, such as the text embedding
         return recompute(velocity, x, t, use_reentrant=False, preserve_rng_state=preserve_rng_state).to(x.dtype)
 
@@ -302,12 +304,19 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, velocity: PureVelocity, weights: Weights, structure: Any, x: Tensor, t: Tensor, *reads: Any
+        ctx: Any,
+        velocity: PureVelocity,
+        weights: Weights,
+        structure: Any,
+        token: Tensor | None,
+        x: Tensor,
+        t: Tensor,
+        *leaves: Any,
     ) -> Tensor:
         ctx.velocity, ctx.weights, ctx.structure = velocity, weights, structure
         ctx.autocast = Autocast.now(x.device.type)
-        ctx.save_for_backward(x, t, *(read for read in reads if isinstance(read, Tensor)))
-        ctx.others = [None if isinstance(read, Tensor) else (read,) for read in reads]
+        ctx.save_for_backward(x, t, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        ctx.others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
         return velocity(x, t).to(x.dtype)
 
     @staticmethod
@@ -315,10 +324,9 @@ class _Recomputed(torch.autograd.Function):
         x, t, *saved = ctx.saved_tensors
         tensors = iter(saved)
         reads = [next(tensors) if other is None else other[0] for other in ctx.others]
-        unsummed = len(ctx.weights.parameters)
         # cut off from the graph that made them, or autograd would go on into it, and free it
-        needed = ctx.needs_input_grad[3:5] + ctx.needs_input_grad[5 + unsummed :]
-        inputs = [_leaf(value, need) for value, need in zip((x, t, *reads[unsummed:]), needed, strict=True)]
+        needed = ctx.needs_input_grad[4:]
+        inputs = [_leaf(value, need) for value, need in zip((x, t, *reads), needed, strict=True)]
         with torch.enable_grad():
             terms = ctx.velocity.terms(tree_unflatten(inputs[2:], ctx.structure))
         found: list[Tensor | None] = [None] * sum(needed)
@@ -329,8 +337,7 @@ class _Recomputed(torch.autograd.Function):
             gradients = ctx.velocity.differentiate(run, leaves, ctx.weights, factor * grads[0])
             _add_(found, _pulled_back(ends, gradients, [value for value in inputs if _has_gradient(value)]))
         own = iter(found)
-        of_inputs = [next(own) if need else None for need in needed]
-        return None, None, None, *of_inputs[:2], *([None] * unsummed), *of_inputs[2:]
+        return None, None, None, None, *(next(own) if need else None for need in needed)
 
 
 def _pulled_back(

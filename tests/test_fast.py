@@ -126,7 +126,10 @@ def test_gradient_is_the_plain_one() -> None:
 @pytest.mark.parametrize("backbone", ["DiT", "UNetT", "MMDiT"])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
-def test_stand_in_sums_the_gradients_of_autograd(backbone: str, autocast: bool, lora: bool) -> None:
+@pytest.mark.parametrize("durations", [[40, 40, 40], [40, 33, 37]])
+def test_stand_in_sums_the_gradients_of_autograd(
+    backbone: str, autocast: bool, lora: bool, durations: list[int]
+) -> None:
     """What a graph is captured of; on a CPU it can run as it is."""
     _, fast = fast_cfm(backbone)
     if lora:
@@ -138,7 +141,8 @@ def test_stand_in_sums_the_gradients_of_autograd(backbone: str, autocast: bool, 
 
     def both(run: Any, leaves: Any, weights: Weights, cotangent: Tensor) -> Any:
         sums = Sums(fast.transformer, weights.parameters)
-        stand_in = StandIn(fast.transformer, torch.bfloat16 if autocast else None, sums)
+        dtype = torch.bfloat16 if autocast else None
+        stand_in = StandIn(fast.transformer, dtype, sums, fast.fast._cast(dtype))
         own = replace(run, function=_velocity_by(stand_in.backbone))
         found = [stand_in.differentiate(own, leaves, cotangent), stand_in.differentiate(own, leaves, cotangent)]
         alone = Weights(weights.parameters)
@@ -156,10 +160,21 @@ def test_stand_in_sums_the_gradients_of_autograd(backbone: str, autocast: bool, 
 
     fast.differentiate = both  # type: ignore[method-assign]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        mel = spoken(fast, cache=False, steps=2)
+        mel = spoken(fast, cache=False, steps=2, duration=torch.tensor(durations))
     mel.float().square().mean().backward()
     assert counts[0] == counts[1] > 10
     assert all(weight.dtype == torch.float32 and not weight._post_accumulate_grad_hooks for weight in fast.parameters())
+
+
+def test_stand_in_follows_the_weights() -> None:
+    _, fast = fast_cfm()
+    weight = fast.transformer.transformer_blocks[0].attn.to_k.weight
+    stand_in = StandIn(fast.transformer, torch.bfloat16, Sums(fast.transformer, fast.parameters()), {})
+    change_data_in_place(fast)
+    stand_in.follow()
+    own = stand_in.backbone.transformer_blocks[0].attn
+    assert torch.equal(own.to_k.weight, weight.bfloat16())
+    assert torch.equal(own.weight.chunk(3)[1], weight.bfloat16())
 
 
 def test_copies_have_their_own_weights() -> None:
@@ -205,7 +220,7 @@ def test_gradients_from_graphs_are_the_plain_ones(lora: bool) -> None:
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.1)
     mel, ids = INPUTS["mel"].cuda(), INPUTS["ids"].cuda()
-    assert fast.fast is not None and fast.fast.gradients is not None
+    assert fast.fast is not None and fast.fast._gradients is not None
     for seeds, duration in (([0], 40), ([1], 40), ([2], 37), ([3], 40), ([4, 5], 40), ([6], 37)):
         torch.cuda.empty_cache()
         _ = [torch.full((2**18,), float("nan"), device="cuda") for _ in range(64)]
@@ -222,7 +237,7 @@ def test_gradients_from_graphs_are_the_plain_ones(lora: bool) -> None:
                 assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-9
         for policy in (plain, fast):  # another optimizer step does not need another graph
             change_data_in_place(policy)
-    assert len(fast.fast.gradients._graphs._graphs) == 2
+    assert len(fast.fast._gradients._graphs._graphs) == 2
 
 
 @pytest.mark.slow

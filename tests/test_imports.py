@@ -23,6 +23,7 @@ LAYERS = (
     "nn",
     "models",
     "policy",
+    "summing",
     "gradients",
     "fast",
     "ema",

@@ -193,6 +193,16 @@ def test_weights_get_their_gradient_once_whatever_backward_went_before() -> None
     assert unused.grad is None
 
 
+def test_weights_written_to_since_are_refused() -> None:
+    weight = torch.ones((), requires_grad=True)
+    velocity = solvers.PureVelocity(lambda x, t, cond: -weight * x, None, lambda: [weight])
+    loss = solve(velocity, X0, grid(3))[-1].sum()
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_checkpoint_keeps_only_states() -> None:
     """Bytes that autograd saves: with checkpoint, a state a step; without, the net's activations too."""
 

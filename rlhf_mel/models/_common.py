@@ -74,8 +74,8 @@ class TextEmbedding(nn.Module):
         positions = position_table(embedded.shape[1], embedded.shape[2], embedded.device).to(embedded.dtype)
         embedded = embedded + zero_padding(positions.expand_as(embedded), inside)
         embedded = zero_padding(embedded, spoken)
-        for block in self.text_blocks or ():
-            embedded = zero_padding(block(embedded), spoken)
+        for block in self.text_blocks or ():  # a solve embeds text once: what that keeps, it would keep for all steps
+            embedded = zero_padding(run_block(block, embedded, checkpointed=not self.training), spoken)
         return embedded
 
 

@@ -1,0 +1,40 @@
+"""Operators of summing.py say of themselves what is true: schema, shapes, dtypes, strides (torch.library.opcheck)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_mel import summing
+from rlhf_mel.nn import rotary_table
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def arguments(name: str) -> tuple[Any, ...]:
+    x, row = drawn(2, 10, 16), drawn(2, 1, 32)[..., 16:]
+    across = drawn(2, 16, 10).transpose(1, 2)  # as products of matrices may come
+    cos, sin = (table.to(DEVICE) for table in rotary_table(10, 8))
+    return {
+        "add_weight_gradient_": (drawn(16, 16), x, across),
+        "turned_projections": (x, drawn(48, 16), drawn(48), cos, sin, 4),
+        "turned_back": (x, across, x, cos, sin, 4),
+        "gelu_gradient": (x, across),
+        "norm_gradient": (x, row, across, x, 1e-6),
+        "gate_gradient": (across, row, x, torch.ones(2, 10, dtype=torch.bool, device=DEVICE)),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["add_weight_gradient_", "turned_projections", "turned_back", "gelu_gradient", "norm_gradient", "gate_gradient"],
+)
+def test_operators_are_as_they_say(name: str) -> None:
+    torch.library.opcheck(getattr(summing, name), arguments(name))
