@@ -364,15 +364,16 @@ def join_projections(module: Any) -> None:
     """Weights and biases of queries, keys and values become parts of `module.weight` and `module.bias`."""
     for name in ("weight", "bias"):
         parts = [getattr(projection, name) for projection in (module.to_q, module.to_k, module.to_v)]
-        whole = _side_by_side([part.detach() for part in parts])
+        whole = side_by_side([part.detach() for part in parts])
         for part, own in zip(parts, whole.chunk(3), strict=True):
             part.data = own
         module.register_buffer(name, whole, persistent=False)
 
 
-def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenated; where they lie so already, in the same memory."""
-    first, size = parts[0], parts[0].nbytes
-    if all(part.data_ptr() == first.data_ptr() + k * size for k, part in enumerate(parts)):
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenated; where they are already parts of one tensor, one after the other, in its memory."""
+    first, memory = parts[0], {part.untyped_storage().data_ptr() for part in parts}
+    starts = [part.storage_offset() - k * first.numel() for k, part in enumerate(parts)]
+    if len(memory) == len(set(starts)) == 1:
         return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
     return torch.cat(list(parts))

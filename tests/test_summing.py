@@ -38,3 +38,19 @@ def arguments(name: str) -> tuple[Any, ...]:
 )
 def test_operators_are_as_they_say(name: str) -> None:
     torch.library.opcheck(getattr(summing, name), arguments(name))
+
+
+def test_parts_of_one_tensor_stay_where_they_are() -> None:
+    whole = drawn(6, 4)
+    assert summing.side_by_side(whole.chunk(3)).data_ptr() == whole.data_ptr()
+    assert torch.equal(summing.side_by_side(whole.chunk(3)), whole)
+    exchanged = [whole[2:4], whole[:2], whole[4:]]
+    assert torch.equal(summing.side_by_side(exchanged), torch.cat(exchanged))
+
+
+def test_neighbours_in_memory_are_not_parts_of_one_tensor() -> None:
+    memory = bytearray(torch.arange(6.0).numpy().tobytes())
+    parts = [torch.frombuffer(memory, dtype=torch.float32, count=2, offset=8 * k) for k in range(3)]
+    assert parts[1].data_ptr() == parts[0].data_ptr() + 8
+    found = summing.side_by_side(parts)
+    assert torch.equal(found, torch.arange(6.0)) and found.data_ptr() != parts[0].data_ptr()
