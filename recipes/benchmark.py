@@ -370,7 +370,7 @@ def case_update(bench: Bench, steps: int, batch: int, *, upstream: bool) -> None
     """RLHFTrainer with DRaFT-1 and DistillMOS on prompts of the bundled set: where the time of an update goes.
 
     The rollouts of an update are of one prompt, and so of one length; four prompts, so that lengths come again. What is
-    not in a part is the trainer's: data, logging, callbacks, gradient clipping.
+    not in a part is the trainer's: data, logging, callbacks.
     """
     from rlhf_mel import RLHFConfig, RLHFTrainer, load_prompts  # needs more packages than the other cases
     from rlhf_mel.text import load_tokenizer
@@ -439,6 +439,7 @@ def case_update(bench: Bench, steps: int, batch: int, *, upstream: bool) -> None
         for name, part in {"rollout": "rollout", "vocoder and reward": "score"}.items():
             object.__setattr__(pipeline, part, timed(name, getattr(pipeline, part)))
         trainer.accelerator.backward = timed("backward", trainer.accelerator.backward)
+        trainer.accelerator.clip_grad_norm_ = timed("gradient clipping", trainer.accelerator.clip_grad_norm_)
         trainer.create_optimizer()
         trainer.optimizer.step = timed("optimizer", trainer.optimizer.step)
         trainer.train()

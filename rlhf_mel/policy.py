@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .nn import keep_mode, modules_of, weights_of
+from .nn import keep_mode, modules_of, set_modes, weights_of
 from .solvers import GradSteps, PureVelocity, Velocity, solve
 from .types import Prompts, Rollout
 
@@ -168,12 +168,10 @@ def evaluating(policy: object) -> Iterator[None]:
     modules = modules_of(policy) if isinstance(policy, nn.Module) else []
     modes = [module.training for module in modules]
     try:
-        for module in modules:
-            module.training = False
+        set_modes(modules, [False] * len(modules))
         yield
     finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+        set_modes(modules, modes)
 
 
 def item_generators(generator: Generators, batch: int) -> list[torch.Generator] | None:
