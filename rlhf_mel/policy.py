@@ -247,14 +247,19 @@ def lora_disabled(layers: Sequence[Any]) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-class ReferencePolicy:
-    """The policy as it was before training, frozen: the same weights with LoRA off, or else a copy made now.
+def _only_lora_trains(policy: object) -> bool:
+    named = policy.named_parameters() if isinstance(policy, nn.Module) else ()
+    return all("lora_" in name for name, weight in named if weight.requires_grad)
 
-    Of no use to LoRA runs that also train base weights: those would move the reference.
+
+class ReferencePolicy:
+    """The policy as it was before training, frozen: the same weights with LoRA off, if LoRA is all that trains.
+
+    Else a copy made now: base weights that train too (`modules_to_save`, biases) are on with LoRA off as well.
     """
 
     def __init__(self, policy: Policy):
-        self._lora = lora_layers(policy)
+        self._lora = lora_layers(policy) if _only_lora_trains(policy) else []
         self._policy = policy if self._lora else copy.deepcopy(policy)
         if not self._lora and isinstance(self._policy, nn.Module):
             self._policy.requires_grad_(False)

@@ -275,11 +275,13 @@ def disturb(policy: CFM) -> None:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_the_reference_stays_where_training_began(lora: bool) -> None:
+@pytest.mark.parametrize(
+    "lora", [None, {}, {"use_dora": True}, {"modules_to_save": ["proj_out"]}, {"bias": "lora_only"}]
+)
+def test_the_reference_stays_where_training_began(lora: dict[str, Any] | None) -> None:
     policy = tiny_policy()
     before = velocities(policy.eval()).detach()
-    policy = add_lora(policy.train()) if lora else policy.train()
+    policy = policy.train() if lora is None else add_lora(policy.train(), LoraConfig(**lora))
     reference = ReferencePolicy(policy)
     trainable = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
     disturb(policy)
