@@ -6,8 +6,8 @@
 It is DRaFT-K (see draft.py) with a random K. Through all steps the paper saw every prompt collapse to one sample within
 two epochs; with a fixed K the early steps learn nothing, a random one reaches them all without that bias. A batch (a
 micro-batch of the trainer) has one cut: the state before it is a constant, every step after it is in the chain. (The
-AlignProp of TRL up to 0.23 drew a number in each step, and detached the step's velocity if its index was below: the chain
-has holes.)
+AlignProp of TRL up to 0.23 drew a number in each step, and detached the step's velocity if its index was below: that
+chain has holes.)
 
 Reference: Prabhudesai et al. 2023, Aligning Text-to-Image Diffusion Models with Reward Backpropagation, arXiv
 2310.03739, "Randomized truncated backpropagation": K ~ Uniform(0, 50) of 50 steps. K = 0 has no gradient: at least 1.
