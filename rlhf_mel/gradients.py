@@ -5,7 +5,7 @@ than a GPU to run them. `GradientGraphs` captures both as one graph when a shape
 solve of many steps or in many solves; what the largest needs stays reserved.
 
 What is captured is the velocity of a `StandIn`: a copy of the backbone whose weights are cast once in a backward(), to
-what autocast would make of them in every layer, and whose layers add the gradients of their weights to float32 sums
+what autocast would make of them in every layer, and whose layers add the gradients of their weights to sums in float32
 (summing.py). The sums are for all velocities of a solve, and reach autograd once.
 
 All compute what `differentiate` does, to rounding (tests/test_fast.py).
@@ -159,7 +159,7 @@ def _signature(leaf: Any) -> Any:
 
 
 class Sums:
-    """Zeros, at least float32, for the gradients of weights: of queries, keys and values as parts of one tensor."""
+    """Zeros like weights, for their gradients: those of queries, keys and values are parts of one tensor."""
 
     def __init__(self, backbone: nn.Module, weights: Iterable[Tensor]) -> None:
         self.by_id = {id(weight): torch.zeros_like(weight) for weight in weights}

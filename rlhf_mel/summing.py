@@ -3,7 +3,7 @@
 A linear layer adds them as the product that makes them writes its result, with no gradient in half precision between.
 What DiT's blocks do between products is differentiated by kernels.py on a GPU, by PyTorch's own operators elsewhere.
 
-Sums are float32; `SUMMED` says which have been added to.
+Sums have the dtype of the policy's own weights, float32 as a rule; `SUMMED` says which have been added to.
 """
 
 from __future__ import annotations
