@@ -17,8 +17,9 @@ evaluations: it is compared with the base and with the best of 8 that heard the 
 `train` needs no judge but the rewards and the recognizer. It writes to --out as it goes, and a second call does what is
 missing: prices.json; runs.jsonl, a line a run; logs/; sounds/NAME_SEED/ROW.ogg, what the trained policy says (Opus at
 86 kbit/s, about 1.3 MB a run). `judge` runs anywhere, hears these sounds (DNSMOS, pitch, level, silence; Whisper's word
-errors if a model is named), and writes judged.jsonl, table.md, comparison.json and comparison.png. Guards that fail are
-those of rlhf_mel/evaluate.py, which ask DNSMOS to rise by 0.05; cer is no independent judge here, wer is.
+errors if a model is named), and writes judged.jsonl, table.md, comparison.json and comparison.png. The table
+says on which judges a method is worse than the base (`worse_than_base` has the rule), and which guards of
+rlhf_mel/evaluate.py, which have slack, fail in how many runs; cer is no independent judge here, wer is.
 
 --tune trains on the first 168 training prompts and listens to the other 32, once for each of VARIANTS and of --factors
 of its learning rate; it prints which did best without losing the words (CER at most 0.02 above the base), and writes

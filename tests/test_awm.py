@@ -1,4 +1,4 @@
-"""AWM: log-probabilities and ratios by hand, and where it comes to rest for each weight of time."""
+"""AWM: log-probabilities, ratios and a whole loss by hand, and where it comes to rest for each weight of time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from forward_problems import TOLERANCE, Movable, draw, pipeline, prompts, tilted
 from problems import MelReward
 from torch import Tensor
 
-from rlhf_mel.algorithms.awm import AWM, matching_log_prob
-from rlhf_mel.algorithms.base import load_algorithm
+from rlhf_mel.algorithms.awm import AWM, Collected, matching_log_prob
+from rlhf_mel.algorithms.base import collect_samples, load_algorithm
+from rlhf_mel.ema import MovingAverage
+from rlhf_mel.policy import Generators
 
 
 def test_log_probabilities_by_hand() -> None:
@@ -49,6 +51,46 @@ def test_the_surrogate_by_hand() -> None:
     low, gradient = values(algorithm, -1.0, 0.5)  # e^-1 = 0.37
     assert low["surrogate"].item() == pytest.approx(0.5) and gradient.tolist() == [0, 0]
     assert low["clip_ratio/low_mean"].item() == 1
+
+
+class Known(Movable):
+    """x_0 = 0 and v = theta, a number a prompt, at all x and t: the mels that it says are theta, and so are their u."""
+
+    def become(self, *numbers: float) -> None:
+        self.theta.data = torch.tensor(numbers)
+
+    def prior(self, cond: Any, generator: Generators = None) -> Tensor:
+        return torch.zeros(*cond.generated.shape, 1)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        return self.theta.reshape(-1, 1, 1).expand_as(x)
+
+
+def test_the_whole_loss_by_hand() -> None:
+    """Three rollouts of one number, u = 1, 2, 4, of one group: r = 0, 0, 3, A = -1, -1, 2.
+
+    First update, v = 2, 2, 3: log p_old = -(v - u)^2 = -1, 0, -1. The next, v = 1, 3, 4.5: log p = 0, -1, -0.25.
+    Ratios e, e^-1 and e^0.75, against [0.5, 1.5]: max(e, 1.5), max(e^-1, 0.5), max(-2 e^0.75, -3) are e, 0.5, -3.
+    From the anchor 0, 1, 1.5: (1 + 4 + 9) / 3, times beta = 0.3: 1.4. From the average 2, 3, 2.5: (1 + 0 + 4) / 3,
+    times ema_beta = 0.6: 1.
+    """
+
+    def score(completions: list, **columns: object) -> list[float]:
+        return [0.0, 0.0, 3.0]
+
+    config = AWM.Config(num_noise_samples=2, epsilon=0.5, ema_beta=0.6, scale_rewards="none")
+    algorithm, policy, generator = AWM(config, beta=0.3), Known(), torch.Generator().manual_seed(0)
+    policy.become(0.0, 1.0, 1.5)
+    parts = pipeline(policy, score)
+    policy.become(1.0, 2.0, 4.0)
+    samples = collect_samples(parts, prompts(3, 3, 1), generator, config)
+    policy.become(2.0, 3.0, 2.5)
+    collected = Collected(samples=samples, noise_seed=0, average=MovingAverage(policy))
+    policy.become(2.0, 2.0, 3.0)
+    algorithm.loss(parts, collected, generator)
+    policy.become(1.0, 3.0, 4.5)
+    loss, _ = algorithm.loss(parts, collected, generator)
+    assert loss.item() == pytest.approx((2.7182818 + 0.5 - 3) / 3 + 1.4 + 1.0)
 
 
 def test_later_updates_compare_at_the_times_and_noise_of_the_first() -> None:

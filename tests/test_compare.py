@@ -53,7 +53,7 @@ def line(
 
 
 def lines() -> list[dict[str, Any]]:
-    worse = {"reward": [2.5, 3.5], "dnsmos_ovrl": [3.1, 3.3], "cer": [0.15, 0.2]}
+    worse = {"reward": [2.5, 3.5], "dnsmos_ovrl": [3.1, 3.3], "cer": [0.15, 0.21]}
     return comparison.from_base(
         [
             line("base", 0, 1.0),
@@ -73,10 +73,39 @@ def test_summary_by_hand() -> None:
     assert draft["reward_std"] == pytest.approx(0.4 / math.sqrt(2))
     # Mean curves: draft (0 s, 1.1), (2.5 s, 2.6), (5 s, 3.2); Flow-GRPO ends at 2.0 after 5 s: 2.5 s * 0.9 / 1.5.
     assert draft["seconds_to_rival"] == pytest.approx(1.5) and grpo["seconds_to_rival"] == pytest.approx(5.0)
-    assert draft["measures"]["cer"] == pytest.approx((0.175 + 0.1) / 2)
-    # The judge is to rise by 0.05: it does, by 0.1, in draft's first run alone; there the error rate rose by 0.075.
+    assert draft["measures"]["cer"] == pytest.approx((0.18 + 0.1) / 2)
+    # The judge is to rise by 0.05: it does, by 0.1, in draft's first run alone; there the error rate rose by 0.08.
     assert draft["fails"] == {"dnsmos_ovrl": 1, "cer": 1} and grpo["fails"] == {"dnsmos_ovrl": 2}
-    assert base["fails"] == {}
+    # Prompts, means over seeds: the error rate rose by 0.025 and 0.055: 0.04 ± 0.03; the judge rose.
+    assert draft["worse"] == pytest.approx({"cer": 0.04}) and grpo["worse"] == {}
+    assert base["fails"] == base["worse"] == {}
+
+
+def test_worse_than_base_by_hand() -> None:
+    """Three prompts 0.1 apart have 2 * 0.1 / sqrt(3) = 0.115 for two standard errors."""
+    start = {0: 1.0, 1: 7.0}
+    changes = {
+        "reward": ([-1, -1, -1], [-1, -1, -1]),  # no judge
+        "dnsmos_ovrl": ([0.1, 0.1, 0.1], [0.1, 0.1, 0.1]),  # better, and so is less silence
+        "silence_ratio": ([-0.1, -0.1, -0.1], [-0.1, -0.1, -0.1]),
+        "wer": ([-0.1, 0.1, 0.3], [0.1, 0.1, 0.1]),  # prompts 0, 0.1, 0.2: 0.1 ± 0.115
+        "voice_similarity": ([0.0, -0.1, -0.2], [-0.1, -0.2, -0.3]),  # prompts -0.05, -0.15, -0.25: -0.15 ± 0.115
+        "cer": ([0.01, 0.02, 0.06], [0.01, 0.02, 0.06]),  # 0.03 ± 0.031; as six prompts it would be 0.03 ± 0.019
+        "level_dbfs": ([1.0, 1.1, 1.2], [1.0, 1.1, 1.2]),  # 1.1 ± 0.115
+        "f0_std_semitones": ([-0.4, math.nan, -0.6], [-0.4, -0.5, -0.6]),  # -0.5 ± 0.115
+    }
+
+    def worse(sign: float) -> dict[str, float]:
+        def changed(seed: int) -> dict[str, list[float]]:
+            return {key: [start[seed] + sign * change for change in own[seed]] for key, own in changes.items()}
+
+        runs = [line("draft", seed, 1.0, measures=changed(seed)) for seed in start]
+        bases = {seed: line("base", seed, 1.0, measures=dict.fromkeys(changes, [start[seed]] * 3)) for seed in start}
+        return comparison.worse_than_base(runs, bases)
+
+    assert worse(1) == pytest.approx({"voice_similarity": -0.15, "level_dbfs": 1.1, "f0_std_semitones": -0.5})
+    assert worse(-1) == pytest.approx({"dnsmos_ovrl": -0.1, "level_dbfs": -1.1, "silence_ratio": 0.1})
+    assert worse(0) == {}
 
 
 def test_a_run_that_ended_early_shortens_the_curve_and_is_counted() -> None:
@@ -90,11 +119,13 @@ def test_a_run_that_ended_early_shortens_the_curve_and_is_counted() -> None:
 
 def test_the_table() -> None:
     table = comparison.markdown(comparison.summary(lines())).splitlines()
-    assert (
-        table[0] == "| method | updates | s an update | reward | s to flow_grpo's | DNSMOS | CER | guards that fail |"
+    heads = (
+        "method | updates | s an update | reward | s to flow_grpo's | DNSMOS | CER | worse than base | guards that fail"
     )
-    assert table[2] == ("| `draft` | 20 | 0.250 | 3.200 ± 0.283 | 1.5 | 3.150 | 0.138 | dnsmos_ovrl 1/2, cer 1/2 |")
-    assert table[4] == "| `base` | - | - | 1.100 ± 0.141 | - | 3.100 | 0.100 | - |"
+    assert table[0] == f"| {heads} |"
+    assert table[2] == "| `draft` | 20 | 0.250 | 3.200 ± 0.283 | 1.5 | 3.150 | 0.140 | CER +0.040 | cer 1/2 |"
+    assert table[3].endswith("| - | - |"), "DNSMOS did not rise, and is not worse"
+    assert table[4] == "| `base` | - | - | 1.100 ± 0.141 | - | 3.100 | 0.100 | - | - |"
 
 
 def test_the_plot_is_written(tmp_path: Path) -> None:

@@ -19,9 +19,12 @@ from forward_problems import (
     variance,
 )
 from problems import MelReward
+from torch import Tensor
 
-from rlhf_mel.algorithms.base import load_algorithm
-from rlhf_mel.algorithms.diffusion_nft import nft_loss, squared_error
+from rlhf_mel.algorithms.base import collect_samples, load_algorithm
+from rlhf_mel.algorithms.diffusion_nft import Collected, DiffusionNFT, nft_loss, squared_error
+from rlhf_mel.ema import MovingAverage
+from rlhf_mel.policy import Generators
 
 PLAIN: dict[str, Any] = dict(adaptive_weighting=False)
 
@@ -43,6 +46,45 @@ def test_adaptive_weighting_by_hand() -> None:
     assert squared_error(one, one.velocity, adaptive=True).item() == pytest.approx(want)
     exact = draw([2.0], [2.0])
     assert squared_error(exact, exact.velocity, adaptive=True).item() == 0, "and not 0 / 0"
+
+
+class Known(Movable):
+    """x_0 = 0 and v = theta, a number a prompt, at all x and t: the mels that it says are theta, and so are their u."""
+
+    def become(self, *numbers: float) -> None:
+        self.theta.data = torch.tensor(numbers)
+
+    def prior(self, cond: Any, generator: Generators = None) -> Tensor:
+        return torch.zeros(*cond.generated.shape, 1)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        return self.theta.reshape(-1, 1, 1).expand_as(x)
+
+
+def test_the_whole_loss_by_hand() -> None:
+    """Three rollouts of one number, u = 2, 1, 5, of one group: r = 0, 1, 2, A = -1, 0, 1 of c = 2: p = 1/4, 1/2, 3/4.
+
+    v_old = 0, 2, 2 and v = 2, 2, 6, b = 1/2: v+ = 1, 2, 4 and v- = -1, 2, 0; (v+ - u)^2 = 1, 1, 1 and
+    (v- - u)^2 = 9, 1, 25; c / b = 4. Each: 4 (1/4 + 27/4) = 28, 4 (1/2 + 1/2) = 4, 4 (3/4 + 25/4) = 28; their mean 20.
+    From the anchor 2, 0, 5: (0 + 4 + 1) / 3, times beta = 0.3: 0.5.
+    """
+
+    def score(completions: list, **columns: object) -> list[float]:
+        return [0.0, 1.0, 2.0]
+
+    config = DiffusionNFT.Config(
+        strength=0.5, advantage_clip=2.0, adaptive_weighting=False, num_noise_samples=2, scale_rewards="none"
+    )
+    algorithm, policy, generator = DiffusionNFT(config, beta=0.3), Known(), torch.Generator().manual_seed(0)
+    policy.become(2.0, 0.0, 5.0)
+    parts = pipeline(policy, score)
+    policy.become(2.0, 1.0, 5.0)
+    samples = collect_samples(parts, prompts(3, 3, 1), generator, config)
+    policy.become(0.0, 2.0, 2.0)
+    collected = Collected(samples=samples, old=MovingAverage(policy))
+    policy.become(2.0, 2.0, 6.0)
+    loss, _ = algorithm.loss(parts, collected, generator)
+    assert loss.item() == pytest.approx(20.5)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.1])

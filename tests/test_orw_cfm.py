@@ -1,14 +1,18 @@
-"""ORW-CFM-W2: weights by hand, and where it comes to rest with and without its anchor."""
+"""ORW-CFM-W2: weights and a whole loss by hand, and where it comes to rest with and without its anchor."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from forward_problems import ELEMENTS, GROUP, TOLERANCE, Movable, pipeline, prompts, trained, variance
 from problems import MelReward
+from torch import Tensor
 
 from rlhf_mel.algorithms.base import load_algorithm
 from rlhf_mel.algorithms.orw_cfm import effective_share, reward_weights
+from rlhf_mel.policy import Generators
 
 
 def test_weights_by_hand() -> None:
@@ -25,6 +29,41 @@ def test_the_effective_share_by_hand() -> None:
     assert effective_share(torch.tensor([1.0, 1.0])).item() == 1
     assert effective_share(torch.tensor([2.0, 0.0])).item() == 0.5
     assert effective_share(torch.tensor([1.0, 2.0, 3.0])).item() == pytest.approx(36 / (3 * 14))
+
+
+class Known(Movable):
+    """x_0 = 0 and v = theta, a number a prompt, at all x and t: the mels that it says are theta, and so are their u."""
+
+    def become(self, *numbers: float) -> None:
+        self.theta.data = torch.tensor(numbers)
+
+    def prior(self, cond: Any, generator: Generators = None) -> Tensor:
+        return torch.zeros(*cond.generated.shape, 1)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        return self.theta.reshape(-1, 1, 1).expand_as(x)
+
+
+def test_the_whole_loss_by_hand() -> None:
+    """Three rollouts of one number, u = 1, 2, 4, of one group: r = 0, 1, 2, A = -1, 0, 1.
+
+    exp(ln 2 * A) = 1/2, 1, 2 over their mean 7/6 are w = 3/7, 6/7, 12/7. At v = 2, 4, 3 the squares (v - u)^2 are
+    1, 4, 1: (3/7 + 24/7 + 12/7) / 3 = 13/7. From the anchor 2, 1, 2: (0 + 9 + 1) / 3, times beta = 0.3: 1.
+    """
+
+    def score(completions: list, **columns: object) -> list[float]:
+        return [0.0, 1.0, 2.0]
+
+    options = {"tau": 0.6931472, "num_noise_samples": 2, "scale_rewards": "none"}
+    algorithm = load_algorithm("orw_cfm", options, beta=0.3)
+    policy, generator = Known(), torch.Generator().manual_seed(0)
+    policy.become(2.0, 1.0, 2.0)
+    parts = pipeline(policy, score)
+    policy.become(1.0, 2.0, 4.0)
+    collected = algorithm.collect(parts, prompts(3, 3, 1), generator)
+    policy.become(2.0, 4.0, 3.0)
+    loss, _ = algorithm.loss(parts, collected, generator)
+    assert loss.item() == pytest.approx(13 / 7 + 1.0)
 
 
 def self_normalised(spread: float, group: int) -> float:
