@@ -5,12 +5,12 @@
 | check             | measured                                                            | fails where                |
 |-------------------|---------------------------------------------------------------------|----------------------------|
 | zero noise = ODE  | SDE rollout at noise 0 against the ODE's, `deviation`               | above the tolerance        |
-| first ratio = 1   | ratio and log-probability of fresh rollouts, computed again         | ratio off by the clip range|
+| first ratio = 1   | ratio and log-probability of fresh rollouts, computed again         | off by the clip range      |
 | reward spread     | rewards of one batch: finite, different within their group          | nothing to compare         |
 | batch = single    | mel and reward of an item in the batch against those of it alone    | above the tolerance        |
-| gradient          | norm of the loss's gradient by the trainable weights, share at zero | 0, NaN or infinite         |
+| gradient          | norm by the trainable weights: of the loss, of the reward alone     | 0, NaN or infinite         |
 | SDE near ODE      | mean reward of noisy rollouts less that of ODE rollouts             | (warns if far below)       |
-| cost              | seconds and memory of one update, scaled from a small one, and real | out of memory              |
+| cost              | seconds and memory of one update, scaled from a small one, and real | out of memory (else warns) |
 
 `deviation` is the root mean square difference of an item's mel over the standard deviation of that mel, of the worst
 item. Items of one total duration are solved together (policy.rollout), so `batch = single` gives its items one.
@@ -42,12 +42,12 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from rlhf_mel.algorithms.base import Algorithm, Metrics, Pipeline
+from rlhf_mel.algorithms.base import Algorithm, Metrics, Pipeline, finite_mean, pathwise_scores
 from rlhf_mel.config import RLHFConfig
 from rlhf_mel.policy import item_generators, rollout
 from rlhf_mel.policy_gradient import Clip, Collected, ratios
 from rlhf_mel.solvers import SDE, mean_log_prob
-from rlhf_mel.trainer import RLHFTrainer
+from rlhf_mel.trainer import RATIO_TOLERANCE, RLHFTrainer, all_equal, first_ratio_limit
 from rlhf_mel.trajectories import Trajectory, replay
 from rlhf_mel.types import Prompts, Rollout
 
@@ -57,12 +57,12 @@ FULL_TOLERANCE = 1e-3
 """Deviation that float32 kernels of another batch size may cause, grown over the steps of a solve."""
 HALF_TOLERANCE = 5e-2
 """The same in bfloat16, float16 or TF32, which a GPU's convolutions use unless told otherwise."""
-DEFAULT_CLIP = 1e-3
-"""How far from 1 the first ratio may be where the algorithm clips nothing."""
-EQUAL_REWARDS = 1e-6
-"""Rewards that differ by less than this share of their size are equal: the rest is rounding."""
 SLOWER = 2.0
 """How many times longer than predicted an update may take; faster is expected, since batches use a device better."""
+HEAVIER = 1.5
+"""How many times more memory than predicted it may take; less is expected, since weights' gradients do not grow."""
+ALLOCATOR_MIB = 64.0
+"""What may come on top: allocators keep freed blocks, and a CPU's resident set counts them."""
 MEMORY_SHARE = 0.9
 """Of the free memory, what an update may take."""
 MIB = 2**20
@@ -159,8 +159,9 @@ class Examination:
 
     @cached_property
     def small_rows(self) -> list[int]:
-        """The smallest batch that the algorithm can learn from."""
-        return list(range(min(2 if self.case.algorithm.needs_groups else 1, len(self.case.prompts))))
+        """The smallest batch that the algorithm can learn from: rewards without a gradient are compared."""
+        compares = self.case.algorithm.needs_groups or not self.case.algorithm.reward_gradient
+        return list(range(min(2 if compares else 1, len(self.case.prompts))))
 
     @cached_property
     def small(self) -> Update:
@@ -184,11 +185,20 @@ class Examination:
             raise self._attempt
         return self._attempt
 
+    @cached_property
+    def reward_gradients(self) -> Mapping[str, Tensor | None]:
+        """Of the mean reward by each trainable weight, without an anchor, through the last step of rollouts."""
+        pipeline = replace(self.case.pipeline, reference=None)
+        with torch.enable_grad(), self.case.precision():
+            spoken, _ = pipeline.rollout(self.case.prompts, _generator(self.case.seed), grad_steps=1)
+            rewards, _ = pathwise_scores(pipeline, spoken, self.case.prompts)
+        return gradients_by(finite_mean(rewards), trainable(pipeline.policy))
+
     @property
     def rewards(self) -> Tensor:
-        """Float [B]: of the algorithm's own rollouts, as it logs them; of ODE rollouts if it logs none."""
+        """Float [B]: of the algorithm's own rollouts, as logged; of the ODE's if it logs none, or several each."""
         logged = self.update.metrics.get("reward")
-        return self.ode_rewards if logged is None else logged.detach()
+        return self.ode_rewards if logged is None or len(logged) != len(self.case.prompts) else logged.detach()
 
 
 def run_update(case: Case, prompts: Prompts) -> Update:
@@ -252,19 +262,27 @@ def check_zero_noise(exam: Examination) -> Finding:
 
 
 def check_first_ratio(exam: Examination) -> Finding:
-    """exp(log p_theta - log p_old) of the steps just taken, by the weights that took them: 1."""
+    """exp(log p_theta - log p_old) of the steps just taken, by the weights that took them: 1, as log p is the same."""
     name, collected = "first ratio = 1", exam.update.collected
     if not isinstance(collected, Collected):
         return _skipped(name, f"{exam.case.algorithm.name} uses no probabilities of steps")
     clip = getattr(getattr(exam.case.algorithm, "config", None), "clip", Clip(low=math.inf, high=math.inf))
-    limit = min(clip.low, clip.high, DEFAULT_CLIP)
+    limit = first_ratio_limit(exam.case.algorithm)
+    # The ratio is exp of the difference of log p, and as far off; GRPO-Guard's is another, and so is its clip range.
+    log_prob_limit = RATIO_TOLERANCE if clip.guard else limit
     ratio_error, log_prob_error = first_ratio_errors(exam.case, collected.trajectories, clip)
-    status: Status = "fail" if ratio_error > limit else "warn" if ratio_error > limit / 10 else "pass"
+    worst = max(ratio_error / limit, log_prob_error / log_prob_limit)
+    status: Status = "fail" if worst > 1 else "warn" if worst > 0.1 else "pass"
     advice = (
         "the policy that is replayed is not the one that rolled out: look for dropout or branches on self.training "
         "in encode and velocity, and for weights exchanged in between; else train without --bf16, or raise epsilon"
     )
-    numbers = {"ratio_error": ratio_error, "mean_log_prob_error": log_prob_error, "limit": limit}
+    numbers = {
+        "ratio_error": ratio_error,
+        "limit": limit,
+        "mean_log_prob_error": log_prob_error,
+        "log_prob_limit": log_prob_limit,
+    }
     return Finding(name=name, status=status, numbers=numbers, advice="" if status == "pass" else advice)
 
 
@@ -290,7 +308,7 @@ def check_reward_spread(exam: Examination) -> Finding:
     smallest = min(int((ids == group).sum()) for group in ids.unique())
     finite = rewards[rewards.isfinite()]
     compared = groups if smallest > 1 else [finite]
-    flat = sum(_all_equal(group) for group in compared)
+    flat = sum(all_equal(group) for group in compared)
     numbers = {
         "smallest_group": smallest,
         "reward": _mean(finite),
@@ -384,9 +402,14 @@ def _alone_reward_change(exam: Examination, row: int) -> float:
 
 
 def check_gradient(exam: Examination) -> Finding:
-    """What the first update would do to the weights. LoRA starts with half of its weights at gradient zero."""
+    """What the first update would do to the weights. LoRA starts with half of its weights at gradient zero.
+
+    Where the loss follows the reward's own gradient, that is measured alone too: an anchor has one without any reward.
+    """
     update = exam.update
     numbers = {"loss": update.loss, **gradient_numbers(update.gradients)}
+    if exam.case.algorithm.reward_gradient:
+        numbers["reward_gradient_norm"] = gradient_numbers(exam.reward_gradients)["gradient_norm"]
     numbers["dropped_rollouts"] = float(update.metrics.get("dropped_rollouts", torch.zeros(1)).sum())
     status, advice = _judge_gradient(exam, numbers)
     return Finding(name="gradient", status=status, numbers=numbers, advice=advice)
@@ -408,12 +431,15 @@ def gradient_numbers(gradients: Mapping[str, Tensor | None]) -> dict[str, float]
 
 def _judge_gradient(exam: Examination, numbers: Mapping[str, float]) -> tuple[Status, str]:
     norm = numbers["gradient_norm"]
+    reward_norm = numbers.get("reward_gradient_norm", norm)
     if not exam.update.gradients:
         return "fail", "the policy has no trainable weight: set requires_grad, or --use_peft"
-    if not math.isfinite(norm) or not math.isfinite(numbers["loss"]):
+    if not all(map(math.isfinite, (norm, reward_norm, numbers["loss"]))):
         return "fail", "loss or gradient is NaN or infinite: " + _where_it_breaks(exam)
     if norm == 0:
         return "fail", "no weight would move: " + _where_it_breaks(exam)
+    if reward_norm == 0:
+        return "fail", "the weights would follow the anchor alone: " + _where_it_breaks(exam)
     if numbers["dropped_rollouts"]:
         return "warn", "rollouts without a finite reward or gradient are left out: see which, and why"
     if numbers["unused_tensors"]:
@@ -426,7 +452,7 @@ def _judge_gradient(exam: Examination, numbers: Mapping[str, float]) -> tuple[St
 def _where_it_breaks(exam: Examination) -> str:
     """Which part of policy -> mel -> sound -> reward the fault lies in."""
     if not exam.case.algorithm.reward_gradient:
-        flat = bool(_all_equal(exam.rewards[exam.rewards.isfinite()]))
+        flat = all_equal(exam.rewards[exam.rewards.isfinite()])
         return "all rewards are equal" if flat else "look for detach or no_grad in encode and velocity"
     with torch.enable_grad():
         mel = exam.ode.mel.detach().clone().requires_grad_()
@@ -503,12 +529,18 @@ def check_cost(exam: Examination) -> Finding:
 def _judge_cost(exam: Examination, numbers: Mapping[str, float]) -> tuple[Status, str]:
     if numbers["measured_mib"] + numbers["optimizer_mib"] > MEMORY_SHARE * numbers["free_mib"]:
         return "warn", "with the optimizer's state memory is nearly full; " + _fitting_batch(exam, numbers)
-    if numbers["measured_s"] > SLOWER * numbers["predicted_s"]:
-        return "warn", (
-            "the batch costs far more than its frames: look for swapping, for cpu_threads and other jobs, or lower "
-            "per_device_train_batch_size and raise gradient_accumulation_steps"
+    advice = []
+    if numbers["measured_mib"] > HEAVIER * numbers["predicted_mib"] + ALLOCATOR_MIB:
+        advice.append(
+            "the batch takes far more memory than its frames: set reward_batch_size (vocoder and rewards hear a batch "
+            "padded to its longest), or look for what grows faster than frames, as attention maps do"
         )
-    return "pass", ""
+    if numbers["measured_s"] > SLOWER * numbers["predicted_s"]:
+        advice.append(
+            "the batch takes far more time than its frames: look for swapping, for cpu_threads and other jobs, or "
+            "lower per_device_train_batch_size and raise gradient_accumulation_steps"
+        )
+    return ("warn" if advice else "pass"), "; ".join(advice)
 
 
 def _fitting_batch(exam: Examination, numbers: Mapping[str, float]) -> str:
@@ -734,7 +766,3 @@ def _mean(values: Tensor) -> float:
 
 def _std(values: Tensor) -> Tensor:
     return values.std() if len(values) > 1 else values.new_zeros(())
-
-
-def _all_equal(values: Tensor) -> bool:
-    return len(values) < 2 or bool(values.max() - values.min() <= EQUAL_REWARDS * values.abs().max())

@@ -93,20 +93,22 @@ def policy_gradient_loss(
     clip: Clip,
     beta: float,
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """The loss of B rollouts, and `clip_ratio/*` and `kl` [B]; `reference` is None where beta is 0."""
+    """The loss of B rollouts, and of each `clip_ratio/*`, `kl` and `ratio_error`, the largest |ratio - 1| of its steps.
+
+    `reference` is None where beta is 0.
+    """
     advantages, trajectories = collected.advantages, collected.trajectories
     batch = len(advantages)
     kept = (~collected.dropped).float() / (~collected.dropped).sum().clamp(min=1)
     loss = advantages.new_zeros(())
     metrics: dict[str, Tensor] = {}
-    checkpoint = len(trajectories) * len(trajectories[0].window) > 1  # else one step's graph is all there is
     for trajectory in trajectories:
         rows = torch.tensor(trajectory.rows, device=advantages.device)
-        transitions, counted = replay(policy, trajectory, checkpoint=checkpoint)
+        transitions, counted = replay(policy, trajectory)
         own, ratio = advantages[rows], ratios(trajectory, transitions, counted, clip)
         surrogate = (_step_weights(trajectory, clip) * clipped_surrogate(ratio, own, clip)).mean(0)
         loss = loss + (kept[rows] * surrogate).sum()
-        logged = clipped_shares(ratio.detach(), own, clip)
+        logged = clipped_shares(ratio.detach(), own, clip) | {"ratio_error": (ratio.detach() - 1).abs().amax(0)}
         if reference is not None:
             kl = _kls(reference, trajectory, transitions, counted).mean(0)
             loss = loss + beta * kl.sum() / batch
@@ -137,6 +139,6 @@ def _kls(
 ) -> Tensor:
     """[W, b]: divergence of each step from the reference's."""
     with torch.no_grad():
-        references, _ = replay(reference, trajectory, checkpoint=False)
+        references, _ = replay(reference, trajectory)
     pairs = zip(transitions, references, strict=True)
     return torch.stack([transition_kl(step, at_reference.mean, counted) for step, at_reference in pairs])

@@ -22,6 +22,7 @@ With `ema_decay` an average of the trained weights follows them (see ema.py), is
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -46,6 +47,7 @@ from rlhf_mel.ema import MovingAverage, warmed_up
 from rlhf_mel.evaluate import EvaluationResult, evaluate, verdict
 from rlhf_mel.export import push_to_hub, save_lora
 from rlhf_mel.policy import ReferencePolicy, add_lora
+from rlhf_mel.policy_gradient import Clip
 from rlhf_mel.recognizer import Recognizer, load_recognizer
 from rlhf_mel.report import write_report
 from rlhf_mel.rewards import Rewards, RewardSpec
@@ -63,6 +65,12 @@ ALGORITHM_STATE = "algorithm.pt"
 
 EMA_STATE = "ema.pt"
 """File of a checkpoint with the averaged weights, if there are any."""
+
+RATIO_TOLERANCE = 1e-3
+"""How far from 1 the first ratio may be where the algorithm clips nothing, or later than there."""
+
+EQUAL_REWARDS = 1e-6
+"""Rewards that differ by less than this share of their size are equal: the rest is rounding."""
 
 
 class UpdateLoss(nn.Module):
@@ -145,6 +153,7 @@ class RLHFTrainer(Trainer):
             callbacks=[
                 self._clock,
                 AfterUpdate(self._update_loss),
+                FirstGradient(),
                 *follow,
                 MetricsFile(Path(args.output_dir)),
                 *(callbacks or []),
@@ -396,6 +405,21 @@ class AfterUpdate(TrainerCallback):
         self._update_loss.algorithm.on_update(self._update_loss.pipeline)
 
 
+class FirstGradient(TrainerCallback):
+    """Warns of a first update whose gradient, clipped or not, moves no weight or is not finite."""
+
+    def __init__(self) -> None:
+        self._seen = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._seen = False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not self._seen and not args.fp16:  # whose loss scale begins so high that first gradients may overflow
+            self._seen = True
+            check_first_gradient([weight.grad for weight in model.parameters() if weight.grad is not None])
+
+
 class FollowWeights(TrainerCallback):
     """Moves an average of the weights after each step of the optimizer."""
 
@@ -455,20 +479,47 @@ class Console(ProgressCallback):
             super().on_train_end(args, state, control, **kwargs)
 
 
+def first_ratio_limit(algorithm: Algorithm) -> float:
+    """How far from 1 the first ratio may be: beyond the clip range, updates are cut that have not even begun."""
+    clip = getattr(getattr(algorithm, "config", None), "clip", None)
+    return min(clip.low, clip.high, RATIO_TOLERANCE) if isinstance(clip, Clip) else RATIO_TOLERANCE
+
+
+def all_equal(rewards: Tensor) -> bool:
+    """Whether finite rewards [B] are one number, up to rounding."""
+    return len(rewards) < 2 or bool(rewards.max() - rewards.min() <= EQUAL_REWARDS * rewards.abs().max())
+
+
 def check_first_batch(algorithm: Algorithm, metrics: Metrics) -> None:
     """Warn of a run whose first batch, by what is logged of it anyway, teaches nothing; doctor.py measures why."""
-    batch = len(metrics["reward"]) if "reward" in metrics else 0
-    clipped, flat = metrics.get("clip_ratio/region_mean"), metrics.get("frac_reward_zero_std")
-    dropped = metrics.get("dropped_rollouts")
+    rewards = metrics.get("reward", torch.zeros(0))
+    finite = rewards[rewards.isfinite()]
+    clipped, ratio_error = metrics.get("clip_ratio/region_mean"), metrics.get("ratio_error")
+    flat, dropped = metrics.get("frac_reward_zero_std"), metrics.get("dropped_rollouts")
+    off = ratio_error is not None and not bool((ratio_error <= first_ratio_limit(algorithm)).all())
     faults = []
-    if clipped is not None and bool((clipped > 0).any()):
-        faults.append("expected ratio 1, got some beyond the clip range: the replay is not the policy that rolled out")
+    if off or (clipped is not None and bool((clipped > 0).any())):
+        largest = "" if ratio_error is None else f" (off by {float(ratio_error.max()):.2g})"
+        faults.append(f"expected ratio 1, got others{largest}: the replay is not the policy that rolled out")
     if dropped is not None and dropped.numel() and bool(dropped.all()):
         faults.append("expected finite rewards, got none")
     elif flat is not None and float(flat) == 1 and not algorithm.reward_gradient:
         faults.append("expected rewards that differ within a group, got equal ones")
+    elif len(finite) > 1 and all_equal(finite) and not algorithm.reward_gradient:
+        faults.append("expected rewards that differ, got equal ones")
     for fault in faults:
-        warnings.warn(f"{batch} fresh rollouts: {fault}; run `rlhf-mel doctor` with these options", stacklevel=2)
+        _warn_at_start(f"{len(rewards)} fresh rollouts: {fault}")
+
+
+def check_first_gradient(gradients: Sequence[Tensor]) -> None:
+    """Warn of a gradient that is 0, NaN or infinite; where beta is above 0, an anchor may hide that a reward's is 0."""
+    norm = float(nn.utils.get_total_norm(gradients))
+    if norm == 0 or not math.isfinite(norm):
+        _warn_at_start(f"first update: expected a finite gradient above 0, got one of norm {norm:g}")
+
+
+def _warn_at_start(fault: str) -> None:
+    warnings.warn(f"{fault}; run `rlhf-mel doctor` with these options", stacklevel=3)
 
 
 def write_samples(folder: Path, prompts: Prompts, before: EvaluationResult, after: EvaluationResult) -> None:

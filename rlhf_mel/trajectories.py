@@ -6,7 +6,8 @@
 Noise enters only the frames that are the policy's work, and only they count in log-probabilities and divergences:
 never those of the reference clip, which follow the ODE. Prompts of one total duration are solved together, so no item
 is padded and each is what it would be alone (see policy.rollout). Log-probabilities are float32 at least, whatever the
-autocast around them. In a replay each velocity is checkpointed: memory does not grow with the window.
+autocast around them. In a replay each velocity is checkpointed, even one alone: memory does not grow with the window, and
+the first run of each is by the kernels of the rollout.
 
 The SDEs, the densities and their references: see solvers.py.
 """
@@ -116,16 +117,14 @@ def sde_rollout(
     return collect_rollout(mels), trajectories
 
 
-def replay(
-    policy: Policy | ReferencePolicy, trajectory: Trajectory, *, checkpoint: bool = True
-) -> tuple[list[Transition], Tensor]:
+def replay(policy: Policy | ReferencePolicy, trajectory: Trajectory) -> tuple[list[Transition], Tensor]:
     """What `policy` (or the reference) would have drawn each step of the window from, and the frames that count.
 
     With gradients where they are enabled and the policy has them; bool [b, T].
     """
     with evaluating(policy):
         cond = policy.encode(trajectory.prompts, cfg_strength=trajectory.cfg_strength)
-        velocity = differentiated(_velocity(policy, cond, trajectory.dtype), checkpoint)
+        velocity = differentiated(_velocity(policy, cond, trajectory.dtype), checkpoint=True)
         transitions = [
             trajectory.sde.transition(x, velocity(x, trajectory.t[step]), trajectory.t, step, cond.generated)
             for step, x in zip(trajectory.window, trajectory.states[:-1], strict=True)

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from problems import tiny_policy, tiny_prompts
 from torch import Tensor, nn
 
 from rlhf_mel import cli
-from rlhf_mel.algorithms.base import Pipeline, Sampling, load_algorithm
+from rlhf_mel.algorithms.base import Pipeline, Sampling, algorithm_class, known_algorithms, load_algorithm
 from rlhf_mel.cfm import CFM
 from rlhf_mel.doctor import (
     CHECKS,
@@ -30,6 +31,7 @@ from rlhf_mel.doctor import (
     Finding,
     PeakMemory,
     Plan,
+    _judge_cost,
     check_batch_is_single,
     check_cost,
     check_first_ratio,
@@ -66,6 +68,11 @@ class Voice:
     def __call__(self, mel: Tensor, lengths_frames: Tensor | None = None) -> Tensor:
         self.before(len(mel))
         return mel.mean(-1).tanh().repeat_interleave(SPEC.hop_length, dim=1)
+
+
+class DetachedVoice(Voice):
+    def __call__(self, mel: Tensor, lengths_frames: Tensor | None = None) -> Tensor:
+        return super().__call__(mel, lengths_frames).detach()
 
 
 class Near:
@@ -105,7 +112,7 @@ def case(
     **options: Any,
 ) -> Case:
     policy = policy or tiny_policy()
-    reward = reward or Near(differentiable=algorithm in ("draft", "adjoint_matching"))
+    reward = reward or Near(differentiable=algorithm_class(algorithm).reward_gradient)
     pipeline = Pipeline(
         policy=policy,
         vocoder=vocoder or Voice(),
@@ -152,6 +159,11 @@ def with_velocity(change: Callable[[Tensor, Tensor], Tensor]) -> CFM:
         ("adjoint_matching", 0.5, {"first ratio = 1"}),
         ("diffusion_nft", 0.1, {"first ratio = 1", "SDE near ODE"}),
         ("awm", 0.1, {"first ratio = 1", "SDE near ODE"}),
+        ("refl", 1.0, {"first ratio = 1", "SDE near ODE"}),
+        ("alignprop", 1.0, {"first ratio = 1", "SDE near ODE"}),
+        ("draft_lv", 1.0, {"first ratio = 1", "SDE near ODE"}),
+        ("orw_cfm", 1.0, {"first ratio = 1", "SDE near ODE"}),
+        ("ram", 0.01, {"first ratio = 1", "SDE near ODE"}),
     ],
 )
 def test_a_healthy_run_passes_and_nothing_is_changed(algorithm: str, beta: float, skipped: set[str]) -> None:
@@ -166,6 +178,11 @@ def test_a_healthy_run_passes_and_nothing_is_changed(algorithm: str, beta: float
     assert not wrong and findings[-1].status in ("pass", "warn")  # seconds of a busy machine
     assert all(torch.equal(value, weights[name]) for name, value in policy.state_dict().items())
     assert policy.training and all(weight.grad is None for weight in policy.parameters())
+
+
+def test_no_algorithm_is_left_out() -> None:
+    (cases,) = test_a_healthy_run_passes_and_nothing_is_changed.pytestmark
+    assert sorted(algorithm for algorithm, *_ in cases.args[1]) == known_algorithms()
 
 
 def test_half_precision_has_a_wider_tolerance_and_the_same_ratio() -> None:
@@ -228,6 +245,37 @@ def test_a_replay_by_another_policy_has_another_log_probability(guard: bool) -> 
     expected = torch.cat(changes).abs().max().item()
     assert finding.status == "fail" and "replayed" in finding.advice and finding.numbers["limit"] == 1e-4
     assert finding.numbers["mean_log_prob_error"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_log_probability_that_is_off_fails_where_the_ratio_is_fine() -> None:
+    # GRPO-Guard's ratio is off by mean(z) m, a log-probability by about mean(z) m / s (see above), and with little
+    # noise s is little. An epsilon of 1 leaves the tolerance of both at 1e-3.
+    finding = check_first_ratio(Examination(drifting(0.003, guard=True, noise_level=0.02, epsilon=1.0)))
+    assert finding.numbers["ratio_error"] < finding.numbers["limit"] / 10 == 1e-4
+    assert finding.numbers["mean_log_prob_error"] > finding.numbers["log_prob_limit"] == 1e-3
+    assert finding.status == "fail" and "replayed" in finding.advice
+
+
+def test_the_loss_replays_as_the_doctor_does() -> None:
+    """Where gradients are off, as in a rollout and in the first forward of a checkpointed replay, fast kernels run.
+
+    Here they are off by 0.01 from the plain network, which a replay that is not checkpointed would take.
+    """
+    quick = with_velocity(lambda v, x: v if torch.is_grad_enabled() else v + 0.01)
+    own = case(policy=quick, rows=(0, 0), groups=(0, 0), window_size=1)
+    exam = Examination(own)
+    (trajectory,) = exam.update.collected.trajectories
+    assert len(trajectory.window) == 1
+    assert exam.update.metrics["ratio_error"].tolist() == [0, 0]
+    assert check_first_ratio(exam).numbers["ratio_error"] == 0
+
+
+def test_the_ratio_error_of_the_loss_is_the_doctors() -> None:
+    exam = Examination(drifting(0.5))
+    found = exam.update.metrics["ratio_error"]
+    # the doctor replays by the drifted policy as well, all rows of the batch
+    assert found.shape == (4,) and found.min() > 0
+    assert found.max().item() == pytest.approx(check_first_ratio(exam).numbers["ratio_error"], rel=1e-6)
 
 
 def test_rewards_that_are_all_equal_teach_nothing() -> None:
@@ -301,6 +349,43 @@ def test_a_policy_that_detaches_gets_no_gradient_of_the_reward() -> None:
     assert finding.numbers["unused_tensors"] == len(list(tiny_policy().parameters()))
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "cut"),
+    [
+        ("draft", "rounded reward"),
+        ("draft", "detached sound"),
+        ("refl", "detached sound"),
+        ("alignprop", "detached sound"),
+        ("draft_lv", "detached sound"),
+        ("adjoint_matching", "rounded reward"),  # of a detached sound it asks autograd for the gradient, which raises
+    ],
+)
+def test_an_anchor_does_not_hide_that_the_reward_has_no_gradient(algorithm: str, cut: str) -> None:
+    # LoRA with B other than 0: the policy is not its reference, and the anchor has a gradient of its own
+    policy = tiny_policy()
+    add_lora(policy, LoraConfig(r=2, init_lora_weights=False))
+    vocoder = DetachedVoice() if cut == "detached sound" else Voice()
+    reward = Near(lambda score, audio: (100 * score).round() if cut == "rounded reward" else score)
+    finding = check_gradient(Examination(case(algorithm, policy, reward, beta=1.0, vocoder=vocoder)))
+    assert finding.status == "fail"
+    assert finding.numbers["gradient_norm"] > 0 and finding.numbers["reward_gradient_norm"] == 0
+    assert "follow the anchor alone: the reward has no gradient by the mel" in finding.advice
+
+
+def test_the_gradient_of_the_reward_is_that_of_draft_1() -> None:
+    # without an anchor the loss of DRaFT-1 is -mean reward; with one, on another policy than the reference, it is more
+    exam = Examination(case("draft"))
+    numbers = check_gradient(exam).numbers
+    assert numbers["reward_gradient_norm"] == pytest.approx(numbers["gradient_norm"], rel=1e-6)
+    policy = tiny_policy()
+    add_lora(policy, LoraConfig(r=2, init_lora_weights=False))
+    anchored = check_gradient(Examination(case("draft", policy, beta=1.0)))
+    alone = check_gradient(Examination(case("draft", policy)))
+    assert anchored.status == alone.status == "pass"
+    assert anchored.numbers["reward_gradient_norm"] == pytest.approx(alone.numbers["gradient_norm"], rel=1e-6)
+    assert anchored.numbers["gradient_norm"] != pytest.approx(alone.numbers["gradient_norm"], rel=1e-2)
+
+
 def test_a_gradient_that_is_nan_is_found_at_the_reward() -> None:
     # sqrt has an infinite slope at 0, and 0 times infinity is NaN; such rows are dropped, all four of them
     broken = Near(lambda score, audio: score + (0 * audio.waveform.sum(1)).sqrt())
@@ -356,7 +441,33 @@ def test_a_batch_that_costs_more_than_its_frames() -> None:
     # AdamW keeps two numbers a weight, of 4 bytes
     weights = sum(weight.numel() for weight in tiny_policy().parameters())
     assert numbers["optimizer_mib"] == pytest.approx(8 * weights / MIB)
-    assert finding.status == "warn" and "far more than its frames" in finding.advice
+    assert finding.status == "warn" and "far more time than its frames" in finding.advice
+
+
+def test_a_batch_that_takes_more_memory_than_its_frames() -> None:
+    held: list[Tensor] = []
+
+    def hold(batch: int) -> None:
+        held[:] = [torch.ones(200 * MIB // 4)] if batch > 2 else []  # 200 MiB, touched
+        time.sleep(0.1)  # for the resident set to be read
+
+    finding = check_cost(Examination(case(vocoder=Voice(hold))))
+    numbers = finding.numbers
+    # predicted: 1.8 times what two rollouts take, a few MiB; and 200 is above 64 and half as much again
+    assert numbers["predicted_mib"] < 80 and numbers["measured_mib"] > 190
+    assert finding.status == "warn" and "far more memory than its frames" in finding.advice
+    assert "time" not in finding.advice, "as long for each batch"
+
+
+@pytest.mark.parametrize(
+    ("predicted_mib", "measured_mib", "status"), [(100, 213, "pass"), (100, 215, "warn"), (300, 100, "pass")]
+)
+def test_memory_may_be_half_as_much_again_and_what_an_allocator_keeps(
+    predicted_mib: float, measured_mib: float, status: str
+) -> None:
+    # 1.5 * 100 + 64 = 214
+    numbers = {"predicted_mib": predicted_mib, "measured_mib": measured_mib, "optimizer_mib": 0.0, "free_mib": 1000.0}
+    assert _judge_cost(Examination(case()), {**numbers, "predicted_s": 1.0, "measured_s": 1.0})[0] == status
 
 
 def test_a_batch_that_does_not_fit_is_told_which_would() -> None:
@@ -403,6 +514,13 @@ def test_peak_memory_is_the_most_at_once_over_what_was_there(monkeypatch: pytest
         ("flat", "awm", {"frac_reward_zero_std": torch.tensor(1.0)}, "rewards that differ within a group"),
         ("dropped", "draft", {"dropped_rollouts": torch.tensor([True, True])}, "expected finite rewards, got none"),
         ("fine", "draft", {"frac_reward_zero_std": torch.tensor(1.0)}, None),
+        # 1e-4 is the clip range of flow_grpo; below 1 and with an advantage above 0 nothing is clipped by it
+        ("unclipped", "flow_grpo", {"ratio_error": torch.tensor([0.0, 2e-4])}, "expected ratio 1, got others (off by"),
+        ("rounding", "flow_grpo", {"ratio_error": torch.tensor([0.0, 9e-5])}, None),
+        ("NaN", "flow_grpo", {"ratio_error": torch.tensor([0.0, NAN])}, "expected ratio 1"),
+        ("no groups", "ddpo", {"reward": torch.tensor([2.0, 2.0])}, "expected rewards that differ, got equal ones"),
+        ("one", "ddpo", {"reward": torch.tensor([2.0])}, None),
+        ("pathwise", "draft", {"reward": torch.tensor([2.0, 2.0])}, None),
         ("half flat", "awm", {"frac_reward_zero_std": torch.tensor(0.5)}, None),
     ],
 )
@@ -411,7 +529,7 @@ def test_the_trainer_warns_of_a_first_batch_that_teaches_nothing(
 ) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        check_first_batch(load_algorithm(algorithm), {"reward": torch.zeros(2), **metrics})
+        check_first_batch(load_algorithm(algorithm), {"reward": torch.tensor([0.0, 1.0]), **metrics})
     assert [message in str(warning.message) for warning in caught] == ([True] if message else []), name
     assert all("rlhf-mel doctor" in str(warning.message) for warning in caught)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,90 @@ def test_a_black_box_reward_trains_and_resumes_to_the_bit(
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert metrics(tmp_path) == uninterrupted
     assert same_weights(resumed.policy, whole.policy)
+
+
+def warned_at_start(run: RLHFTrainer) -> list[str]:
+    """Train, and return what it warned of with the doctor's name."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.train()
+    return [str(warning.message) for warning in caught if "rlhf-mel doctor" in str(warning.message)]
+
+
+BLACK_BOX: dict[str, Any] = dict(per_device_train_batch_size=4, sampling_steps=4, beta=0.0, sway_sampling_coef=None)
+
+
+@pytest.mark.parametrize("name", ["draft", "flow_grpo", "ddpo"])
+def test_a_healthy_run_starts_without_a_warning(tmp_path: Path, dataset: PromptDataset, name: str) -> None:
+    reward = None if name == "draft" else quietness
+    own = {"window_size": 1} if name == "flow_grpo" else {}
+    run = trainer(
+        tmp_path, dataset, algorithm=name, algorithm_kwargs=own, reward=reward, num_generations=2, **BLACK_BOX
+    )
+    assert warned_at_start(run) == []
+    assert name == "draft" or metrics(tmp_path)[0]["ratio_error"] == 0, "the first ratio is 1"
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "num_generations", "message"),
+    [
+        ("flow_grpo", {"window_size": 1}, 2, "expected rewards that differ within a group"),
+        ("ddpo", {}, 1, "expected rewards that differ, got equal ones"),
+    ],
+)
+def test_a_run_whose_rewards_are_equal_says_so_at_its_start(
+    tmp_path: Path, dataset: PromptDataset, name: str, own: dict[str, int], num_generations: int, message: str
+) -> None:
+    def same(completions: list[Any], **columns: Any) -> list[float]:
+        return [2.0] * len(completions)
+
+    options = dict(algorithm=name, algorithm_kwargs=own, num_generations=num_generations, **BLACK_BOX)
+    run = trainer(tmp_path, dataset, reward=same, **options)
+    rewards, gradient = warned_at_start(run)
+    assert rewards.startswith(f"4 fresh rollouts: {message}")
+    assert gradient.startswith("first update: expected a finite gradient above 0, got one of norm 0;")
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize(("factor", "norm"), [(0.0, "0"), (float("nan"), "nan"), (float("inf"), "(inf|nan)")])
+def test_a_gradient_that_teaches_nothing_is_told_once(
+    tmp_path: Path, dataset: PromptDataset, factor: float, norm: str, max_grad_norm: float
+) -> None:
+    # two updates of two micro-batches where the weights stay numbers, else one
+    options = dict(max_steps=1 + (factor == 0), gradient_accumulation_steps=2, max_grad_norm=max_grad_norm)
+    run = trainer(tmp_path, dataset, beta=0.0, **options)
+    for weight in run.policy.parameters():
+        weight.register_hook(lambda gradient: (gradient.abs() + 1) * factor)
+    (said,) = warned_at_start(run)
+    assert re.match(f"first update: expected a finite gradient above 0, got one of norm {norm};", said)
+
+
+def test_a_replay_by_another_policy_is_told_at_the_start(tmp_path: Path, dataset: PromptDataset) -> None:
+    # The velocity is higher by 0.05 after the rollout, and the epsilon so wide that no step is clipped.
+    run = trainer(
+        tmp_path,
+        dataset,
+        algorithm="flow_grpo",
+        algorithm_kwargs={"epsilon": 1.0, "window_size": 1},
+        reward=quietness,
+        num_generations=2,
+        **BLACK_BOX,
+    )
+    algorithm, own, drift = run.model.algorithm, run.policy.velocity, torch.zeros(())
+    run.policy.velocity = lambda x, t, cond: own(x, t, cond) + drift
+    collect = algorithm.collect
+
+    def collect_and_drift(*arguments: Any) -> Any:
+        drift.zero_()
+        collected = collect(*arguments)
+        drift.fill_(0.05)
+        return collected
+
+    algorithm.collect = collect_and_drift
+    (said,) = warned_at_start(run)
+    assert said.startswith("4 fresh rollouts: expected ratio 1, got others (off by 0.0")
+    first = metrics(tmp_path)[0]
+    assert first["clip_ratio/region_mean"] == 0 and first["ratio_error"] > 1e-3
 
 
 def test_what_a_rollout_cannot_do_is_refused(tmp_path: Path, dataset: PromptDataset) -> None:
