@@ -6,8 +6,8 @@
 Noise enters only the frames that are the policy's work, and only they count in log-probabilities and divergences:
 never those of the reference clip, which follow the ODE. Prompts of one total duration are solved together, so no item
 is padded and each is what it would be alone (see policy.rollout). Log-probabilities are float32 at least, whatever the
-autocast around them. In a replay each velocity is checkpointed, even one alone: memory does not grow with the window, and
-the first run of each is by the kernels of the rollout.
+autocast around them. In a replay each velocity is checkpointed, even one alone: memory does not grow with the window,
+and the first run of each is by the kernels of the rollout.
 
 The SDEs, the densities and their references: see solvers.py.
 """
