@@ -70,6 +70,19 @@ class Movable(nn.Module):
         return x1.where(cond.generated.unsqueeze(-1), self.pasted)
 
 
+class Known(Movable):
+    """x_0 = 0 and v = theta, a number a prompt, at all x and t: the mels that it says are theta, and so are their u."""
+
+    def become(self, *numbers: float) -> None:
+        self.theta.data = torch.tensor(numbers)
+
+    def prior(self, cond: Any, generator: Generators = None) -> Tensor:
+        return torch.zeros(*cond.generated.shape, 1)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        return self.theta.reshape(-1, 1, 1).expand_as(x)
+
+
 def slope(t: Tensor) -> Tensor:
     """a(t): d v / d x."""
     flow = Movable.flow
@@ -95,7 +108,8 @@ def time_mean(power: float, weight: float = 0.0) -> float:
 
 def tilted_shift(scale: float, beta: float) -> float:
     """How far exp(r / beta), r = scale sum x, moves the mean; a group's mean counts the rollout itself."""
-    return (1 - 1 / GROUP) * scale * variance() / beta
+    start = LinearGaussianFlow(Movable.flow.mean, variance() ** 0.5)
+    return (1 - 1 / GROUP) * (start.tilted(beta, slope=scale).mean - start.mean)
 
 
 def prompts(batch: int = BATCH, group: int = GROUP, frames: int = GENERATED) -> Prompts:
@@ -119,11 +133,13 @@ def pipeline(policy: Any, reward: object = None, *, anchored: bool = True, cfg_s
     )
 
 
-def train(algorithm: Algorithm, parts: Pipeline, *, updates: int, rate: float, reuse: int = 1) -> float:
-    """theta averaged over the second half of the updates; each batch is used `reuse` times."""
-    policy, own = parts.policy, prompts()
-    assert isinstance(policy, Movable)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=rate)
+def train(
+    algorithm: Algorithm, parts: Pipeline, *, updates: int, rate: float, reuse: int = 1, batch: int = BATCH
+) -> Tensor:
+    """The one weight that is trained, averaged over the second half of the updates; a batch is used `reuse` times."""
+    assert isinstance(parts.policy, nn.Module)
+    (weight,) = (weight for weight in parts.policy.parameters() if weight.requires_grad)
+    optimizer, own = torch.optim.SGD([weight], lr=rate), prompts(batch)
     kept, generator = [], torch.Generator().manual_seed(0)
     algorithm.check(parts)
     for update in range(updates):
@@ -134,8 +150,8 @@ def train(algorithm: Algorithm, parts: Pipeline, *, updates: int, rate: float, r
         algorithm.loss(parts, collected, generator)[0].backward()
         optimizer.step()
         algorithm.on_update(parts)
-        kept.append(policy.theta.item())
-    return sum(kept[updates // 2 :]) / (updates - updates // 2)
+        kept.append(weight.detach().clone())
+    return torch.stack(kept[updates // 2 :]).mean(0)
 
 
 def trained(
@@ -145,7 +161,7 @@ def trained(
     reuse = options.pop("reuse", 1)
     options = {"num_noise_samples": 2, "scale_rewards": "none", "advantage_clip": 1e6, **options}
     parts = pipeline(Movable(), reward, anchored=beta > 0)
-    return train(load_algorithm(name, options, beta=beta), parts, updates=updates, rate=rate, reuse=reuse)
+    return train(load_algorithm(name, options, beta=beta), parts, updates=updates, rate=rate, reuse=reuse).item()
 
 
 def draw(

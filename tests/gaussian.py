@@ -1,4 +1,4 @@
-"""A Gaussian policy whose every quantity is known, for the tests of methods that follow the reward's gradient.
+"""A Gaussian policy whose every quantity is known, for the tests of methods that follow the steps of a rollout.
 
 Frames: `REFERENCE` of the clip, then `GENERATED`; mels of `MELS` channels. The velocity of step k is that of
 problems.LinearGaussianFlow plus shift_k + slope_k x with trainable numbers, so with Euler's steps
@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import problems
 import torch
-from problems import LinearGaussianFlow
+from problems import LinearGaussianFlow, Silent
 from torch import Tensor, nn
 
 from rlhf_mel.algorithms.base import Pipeline, Sampling
@@ -33,12 +32,21 @@ FLOW = LinearGaussianFlow()
 
 
 class GaussianPolicy(nn.Module):
-    def __init__(self, steps: int, *, exact: bool = False, grid: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        steps: int,
+        *,
+        exact: bool = False,
+        grid: Tensor | None = None,
+        train_slope: bool = True,
+        flow: LinearGaussianFlow = FLOW,
+    ) -> None:
         super().__init__()
+        self.flow = flow
         self.grid = timesteps(steps, use_epss=False) if grid is None else grid
         self.exact = exact
         self.shift = nn.Parameter(torch.zeros(steps))
-        self.slope = nn.Parameter(torch.zeros(steps))
+        self.slope = nn.Parameter(torch.zeros(steps), requires_grad=train_slope)
 
     def durations(self, prompts: Prompts) -> Tensor:
         assert prompts.durations_frames is not None
@@ -61,8 +69,8 @@ class GaussianPolicy(nn.Module):
     def flow_velocity(self, x: Tensor, k: int) -> Tensor:
         start, end = self.grid[k], self.grid[k + 1]
         if not self.exact:
-            return FLOW.velocity(x, start)
-        ahead = end * FLOW.mean + FLOW.scale(end) / FLOW.scale(start) * (x - start * FLOW.mean)
+            return self.flow.velocity(x, start)
+        ahead = end * self.flow.mean + self.flow.scale(end) / self.flow.scale(start) * (x - start * self.flow.mean)
         return (ahead - x) / (end - start)
 
     def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
@@ -78,6 +86,11 @@ class GaussianPolicy(nn.Module):
         at = [self.velocity(torch.tensor([0.0, 1.0]), t, None) for t in self.grid[:-1]]
         return [1 + float(h * (v[1] - v[0])) for h, v in zip(dt, at, strict=True)]
 
+    def left(self) -> list[float]:
+        """What the later steps leave of a change of the state after each step."""
+        factors = self.euler_factors()
+        return [math.prod(factors[k + 1 :]) for k in range(len(factors))]
+
     @torch.no_grad()
     def end_moments(self) -> tuple[float, float]:
         """Mean and deviation of x_1 by Euler's steps."""
@@ -86,12 +99,6 @@ class GaussianPolicy(nn.Module):
             mean = factor * mean + h * self.velocity(torch.tensor(0.0), t, None).item()
             deviation *= abs(factor)
         return mean, deviation
-
-
-class Silent(problems.Silent):
-    """As there, but an algorithm may follow its gradient."""
-
-    differentiable = True
 
 
 @dataclass
@@ -113,14 +120,14 @@ class MelReward:
         return self.scale * mel.where(inside.unsqueeze(-1), 0.0).sum((1, 2))
 
 
-def prompts(batch: int) -> Prompts:
+def prompts(batch: int, group: int = 1) -> Prompts:
     return Prompts(
         texts=["a"] * batch,
         reference_audio=torch.zeros(batch, 1),
         reference_lengths_samples=torch.ones(batch, dtype=torch.long),
         reference_texts=["a"] * batch,
         durations_frames=torch.full((batch,), REFERENCE + GENERATED),
-        group_ids=torch.arange(batch),
+        group_ids=torch.arange(batch) // group,
     )
 
 

@@ -5,7 +5,14 @@ x_t ~ N(t mean, s_t^2) with s_t^2 = (1 - t)^2 + t^2 deviation^2, the marginal ve
 
     v(x, t) = mean + (t deviation^2 - (1 - t)) / s_t^2 (x - t mean),
 
-and its solution is x_t = t mean + s_t x_0.
+and its solution is x_t = t mean + s_t x_0. Of what it generates, p, a reward and an anchor of strength beta make
+
+    argmax_q E_q[r] - beta KL(q || p) = p exp(r / beta) / Z,
+
+for r = slope x - curvature (x - target)^2 / 2 again Gaussian (complete the square):
+
+    precision = 1 / deviation^2 + curvature / beta,
+    mean of it = (mean / deviation^2 + (slope + curvature target) / beta) / precision.
 """
 
 from __future__ import annotations
@@ -40,6 +47,23 @@ class LinearGaussianFlow:
 
     def solution(self, x0: Tensor, t: Tensor) -> Tensor:
         return t * self.mean + self.scale(t) * x0
+
+    def log_density(self, x: Tensor, t: Tensor) -> Tensor:
+        """log p_t of each element of x."""
+        scale = self.scale(t)
+        return -((x - t * self.mean) / scale).square() / 2 - scale.log() - math.log(2 * math.pi) / 2
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        """grad log p_t of each element of x."""
+        return (t * self.mean - x) / self.scale(t) ** 2
+
+    def tilted(
+        self, beta: float, *, slope: float = 0.0, curvature: float = 0.0, target: float = 0.0
+    ) -> LinearGaussianFlow:
+        """The flow to p exp(r / beta), the KL-regularised optimum of r = slope x - curvature (x - target)^2 / 2."""
+        precision = self.deviation**-2 + curvature / beta
+        mean = (self.mean / self.deviation**2 + (slope + curvature * target) / beta) / precision
+        return LinearGaussianFlow(mean, precision**-0.5)
 
 
 TINY: Mapping[str, Any] = dict(
@@ -353,7 +377,7 @@ def call_sample(cfm: nn.Module, inputs: Mapping[str, Tensor], **call: Any) -> tu
 class Silent:
     """A vocoder whose rewards listen to the mel."""
 
-    differentiable = False
+    differentiable = True
     sample_rate_hz = 24_000
     mel_spec = tiny_policy().mel_spec
 

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from forward_problems import TOLERANCE, Movable, draw, pipeline, prompts, tilted_shift, time_mean, trained
+from forward_problems import TOLERANCE, Known, Movable, draw, pipeline, prompts, tilted_shift, time_mean, trained
 from problems import MelReward
 from torch import Tensor
 
 from rlhf_mel.algorithms.awm import AWM, Collected, matching_log_prob
 from rlhf_mel.algorithms.base import collect_samples, load_algorithm
 from rlhf_mel.ema import MovingAverage
-from rlhf_mel.policy import Generators
 
 
 def test_log_probabilities_by_hand() -> None:
@@ -51,19 +50,6 @@ def test_the_surrogate_by_hand() -> None:
     low, gradient = values(algorithm, -1.0, 0.5)  # e^-1 = 0.37
     assert low["surrogate"].item() == pytest.approx(0.5) and gradient.tolist() == [0, 0]
     assert low["clip_ratio/low_mean"].item() == 1
-
-
-class Known(Movable):
-    """x_0 = 0 and v = theta, a number a prompt, at all x and t: the mels that it says are theta, and so are their u."""
-
-    def become(self, *numbers: float) -> None:
-        self.theta.data = torch.tensor(numbers)
-
-    def prior(self, cond: Any, generator: Generators = None) -> Tensor:
-        return torch.zeros(*cond.generated.shape, 1)
-
-    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        return self.theta.reshape(-1, 1, 1).expand_as(x)
 
 
 def test_the_whole_loss_by_hand() -> None:

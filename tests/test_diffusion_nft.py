@@ -19,12 +19,10 @@ from forward_problems import (
     variance,
 )
 from problems import MelReward
-from torch import Tensor
 
 from rlhf_mel.algorithms.base import collect_samples, load_algorithm
 from rlhf_mel.algorithms.diffusion_nft import Collected, DiffusionNFT, nft_loss, squared_error
 from rlhf_mel.ema import MovingAverage
-from rlhf_mel.policy import Generators
 
 PLAIN: dict[str, Any] = dict(adaptive_weighting=False)
 
@@ -46,19 +44,6 @@ def test_adaptive_weighting_by_hand() -> None:
     assert squared_error(one, one.velocity, adaptive=True).item() == pytest.approx(want)
     exact = draw([2.0], [2.0])
     assert squared_error(exact, exact.velocity, adaptive=True).item() == 0, "and not 0 / 0"
-
-
-class Known(Movable):
-    """x_0 = 0 and v = theta, a number a prompt, at all x and t: the mels that it says are theta, and so are their u."""
-
-    def become(self, *numbers: float) -> None:
-        self.theta.data = torch.tensor(numbers)
-
-    def prior(self, cond: Any, generator: Generators = None) -> Tensor:
-        return torch.zeros(*cond.generated.shape, 1)
-
-    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        return self.theta.reshape(-1, 1, 1).expand_as(x)
 
 
 def test_the_whole_loss_by_hand() -> None:

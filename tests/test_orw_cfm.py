@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from forward_problems import ELEMENTS, GROUP, TOLERANCE, Movable, pipeline, prompts, trained, variance
+from forward_problems import ELEMENTS, GROUP, TOLERANCE, Known, Movable, pipeline, prompts, trained, variance
 from problems import MelReward
-from torch import Tensor
 
 from rlhf_mel.algorithms.base import load_algorithm
 from rlhf_mel.algorithms.orw_cfm import effective_share, reward_weights
-from rlhf_mel.policy import Generators
 
 
 def test_weights_by_hand() -> None:
@@ -29,19 +25,6 @@ def test_the_effective_share_by_hand() -> None:
     assert effective_share(torch.tensor([1.0, 1.0])).item() == 1
     assert effective_share(torch.tensor([2.0, 0.0])).item() == 0.5
     assert effective_share(torch.tensor([1.0, 2.0, 3.0])).item() == pytest.approx(36 / (3 * 14))
-
-
-class Known(Movable):
-    """x_0 = 0 and v = theta, a number a prompt, at all x and t: the mels that it says are theta, and so are their u."""
-
-    def become(self, *numbers: float) -> None:
-        self.theta.data = torch.tensor(numbers)
-
-    def prior(self, cond: Any, generator: Generators = None) -> Tensor:
-        return torch.zeros(*cond.generated.shape, 1)
-
-    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        return self.theta.reshape(-1, 1, 1).expand_as(x)
 
 
 def test_the_whole_loss_by_hand() -> None:
