@@ -46,7 +46,7 @@ from rlhf_mel.algorithms.base import Algorithm, Metrics, Pipeline, finite_mean, 
 from rlhf_mel.config import RLHFConfig
 from rlhf_mel.policy import item_generators, rollout
 from rlhf_mel.policy_gradient import Clip, Collected, ratios
-from rlhf_mel.solvers import SDE, mean_log_prob
+from rlhf_mel.solvers import SDE, STEPWISE_METHODS, mean_log_prob
 from rlhf_mel.trainer import RATIO_TOLERANCE, RLHFTrainer, all_equal, first_ratio_limit
 from rlhf_mel.trajectories import Trajectory, replay
 from rlhf_mel.types import Prompts, Rollout
@@ -187,10 +187,14 @@ class Examination:
 
     @cached_property
     def reward_gradients(self) -> Mapping[str, Tensor | None]:
-        """Of the mean reward by each trainable weight, without an anchor, through the last step of rollouts."""
+        """Of the mean reward by each trainable weight, without an anchor, through the last step of rollouts.
+
+        Through all of them where the solver is one that cannot be cut.
+        """
         pipeline = replace(self.case.pipeline, reference=None)
+        grad_steps = 1 if pipeline.sampling.method in STEPWISE_METHODS else pipeline.sampling.steps
         with torch.enable_grad(), self.case.precision():
-            spoken, _ = pipeline.rollout(self.case.prompts, _generator(self.case.seed), grad_steps=1)
+            spoken, _ = pipeline.rollout(self.case.prompts, _generator(self.case.seed), grad_steps=grad_steps)
             rewards, _ = pathwise_scores(pipeline, spoken, self.case.prompts)
         return gradients_by(finite_mean(rewards), trainable(pipeline.policy))
 

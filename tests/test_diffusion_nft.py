@@ -10,6 +10,7 @@ from forward_problems import (
     ELEMENTS,
     GROUP,
     TOLERANCE,
+    Known,
     Movable,
     draw,
     pipeline,

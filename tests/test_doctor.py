@@ -386,6 +386,18 @@ def test_the_gradient_of_the_reward_is_that_of_draft_1() -> None:
     assert anchored.numbers["gradient_norm"] != pytest.approx(alone.numbers["gradient_norm"], rel=1e-2)
 
 
+def test_the_gradient_of_the_reward_of_a_solver_that_cannot_be_cut_is_that_of_all_steps() -> None:
+    # a velocity that is one weight everywhere, which dopri5 solves at once; without an anchor the loss is -mean reward
+    policy = tiny_policy()
+    own, weight = policy.velocity, next(policy.parameters())
+    policy.velocity = lambda x, t, cond: 0 * own(x, t, cond) + weight.sum()  # type: ignore[method-assign]
+    whole = case("draft", policy, grad_steps=None)
+    sampling = replace(whole.pipeline.sampling, method="dopri5")
+    finding = check_gradient(Examination(replace(whole, pipeline=replace(whole.pipeline, sampling=sampling))))
+    assert finding.status != "fail" and finding.numbers["gradient_norm"] > 0
+    assert finding.numbers["reward_gradient_norm"] == pytest.approx(finding.numbers["gradient_norm"], rel=1e-6)
+
+
 def test_a_gradient_that_is_nan_is_found_at_the_reward() -> None:
     # sqrt has an infinite slope at 0, and 0 times infinity is NaN; such rows are dropped, all four of them
     broken = Near(lambda score, audio: score + (0 * audio.waveform.sum(1)).sqrt())
