@@ -48,7 +48,7 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,11 +77,17 @@ from transformers import TrainerCallback
 from rlhf_mel import Rewards, RLHFConfig, RLHFTrainer, load_policy, load_prompts, load_recognizer, load_vocoder
 from rlhf_mel.best_of_n import BestOfN
 from rlhf_mel.evaluate import DEFAULT_JUDGES, EvaluationResult, Sampler, evaluate, plain
+from rlhf_mel.guidance import NoiseOptimisation, StepGuidance
 from rlhf_mel.types import Audio
 
 REWARDS = ("mos", "intelligibility")
 SAMPLING: Mapping[str, Any] = {"steps": 7, "cfg_strength": 0.0, "sway_sampling_coef": -1.0, "method": "euler"}
-BEST_OF = "best_of_8"
+SAMPLERS: Mapping[str, Callable[..., Sampler]] = {
+    "best_of_8": functools.partial(BestOfN, n=8),
+    "noise_optimisation": functools.partial(NoiseOptimisation, updates=7),
+    "step_guidance": StepGuidance,
+}
+"""Better speech from the base as it is: by eight solves, by eight with gradients, by one with a gradient a step."""
 TUNING_PROMPTS = 32
 CER_SLACK = 0.02
 WARM_UP = 3
@@ -261,8 +267,9 @@ def run(job: Job) -> dict[str, Any]:
     line: dict[str, Any] = dataclasses.asdict(job) | {"key": job.key}
     if job.setting is None:
         policy = load_policy("tiny").to(BENCH.device)
-        best_of = BestOfN(vocoder=BENCH.vocoder, rewards=BENCH.rewards, n=8)
-        ear.last = BENCH.listen(policy, job.seed, best_of if job.name == BEST_OF else plain)
+        models = {"vocoder": BENCH.vocoder, "rewards": BENCH.rewards}
+        sampler = SAMPLERS[job.name](**models) if job.name in SAMPLERS else plain
+        ear.last = BENCH.listen(policy, job.seed, sampler)
         ear.curve.append({"updates": 0, **ear.last.metrics})
     else:
         with tempfile.TemporaryDirectory() as folder:
@@ -334,7 +341,7 @@ def jobs_of(args: argparse.Namespace, settings: Mapping[str, Setting], known: Ma
     """The baselines, and the runs, all of about one length."""
     jobs = []
     for seed in args.seeds[:1] if args.tune else args.seeds:
-        jobs += [Job(name=name, seed=seed) for name in ([BASE] if args.tune else [BASE, BEST_OF])]
+        jobs += [Job(name=name, seed=seed) for name in ([BASE] if args.tune else [BASE, *SAMPLERS])]
         for name in args.algorithms:
             shared = {"seed": seed, "price_s": known[name], "updates": affordable_updates(args.seconds, known[name])}
             if not args.tune:

@@ -188,7 +188,7 @@ def plot(runs: Sequence[Run], file: Path) -> None:
         seconds, rewards = curve_of(own)
         axes.plot(seconds, rewards.mean(0), marker=".", color=colour, label=name)
         axes.fill_between(seconds, rewards.min(0), rewards.max(0), color=colour, alpha=0.12, linewidth=0)
-    for (name, own), style in zip(others, ("dotted", "dashed", "dashdot"), strict=False):
+    for (name, own), style in zip(others, ("dotted", "dashed", "dashdot", (0, (1, 4))), strict=False):
         axes.axhline(curve_of(own)[1].mean(), color="black", linestyle=style, label=name)
     axes.set_xlabel("seconds of updates, alone on the device")
     axes.set_ylabel("held-out reward")

@@ -171,12 +171,13 @@ def test_both_commands(tmp_path: Path) -> None:
     }
     sizes = [word for name, value in size.items() for word in (f"--{name}", str(value))]
     trained = recipe("train", "--algorithms", *names, *sizes)
-    assert all(name in trained for name in ("draft_0", "flow_grpo_0", "base_0", "best_of_8_0"))
+    samplers = ["base", "best_of_8", "noise_optimisation", "step_guidance"]
+    assert all(f"{name}_0" in trained for name in (*names, *samplers))
     assert "reward" not in recipe("train", "--algorithms", *names, *sizes)  # nothing is left to do
     table = recipe("judge")
     rows = {row["name"]: row for row in json.loads((tmp_path / "comparison.json").read_text())}
-    assert rows.keys() == {*names, "base", "best_of_8"} and all(f"`{name}`" in table for name in rows)
-    assert rows["best_of_8"]["reward"] > rows["base"]["reward"]
+    assert rows.keys() == {*names, *samplers} and all(f"`{name}`" in table for name in rows)
+    assert all(rows[name]["reward"] > rows["base"]["reward"] for name in samplers[1:3])
     assert rows["draft"]["updates"] == 1 and rows["draft"]["reward"] != rows["base"]["reward"]
     assert {"dnsmos_ovrl", "f0_std_semitones", "level_dbfs", "silence_ratio"} <= rows["draft"]["measures"].keys()
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
