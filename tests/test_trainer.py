@@ -105,6 +105,7 @@ class Replay(AlgorithmBase):
         self.updates = state["updates"]
 
 
+@pytest.mark.filterwarnings("ignore:first update")  # its loss is 0
 def test_num_iterations_updates_learn_from_the_same_rollouts(tmp_path: Path, dataset: PromptDataset) -> None:
     # 5 prompts in updates of 2 micro-batches of 2: two blocks an epoch, the second filled up with two first rows.
     options: dict[str, Any] = dict(
