@@ -28,6 +28,7 @@ from rlhf_mel.algorithms.base import Pipeline, Sampling, load_algorithm
 from rlhf_mel.policy import ReferencePolicy
 from rlhf_mel.solvers import SDE, timesteps
 from rlhf_mel.trajectories import Trajectory
+from rlhf_mel.types import Audio, Prompts
 
 BETA, SCALE = 0.8, 1.5
 NAN = float("nan")
@@ -44,6 +45,17 @@ def collect(policy: GaussianPolicy, reward: MelReward, batch: int = 4, **options
 
 
 # The memoryless SDE.
+
+
+def test_a_sound_that_is_cut_off_from_the_mel_is_refused() -> None:
+    class OfSound(MelReward):
+        """Of the silence of a vocoder that reads no mel."""
+
+        def score(self, audio: Audio, prompts: Prompts) -> Tensor:
+            return audio.waveform.sum(1)
+
+    with pytest.raises(ValueError, match="expected rewards with a gradient by the mel"):
+        collect(GaussianPolicy(8), OfSound(domain="waveform"))
 
 
 def test_the_end_does_not_remember_the_beginning() -> None:

@@ -124,6 +124,11 @@ def reward_gradient(pipeline: Pipeline, spoken: Rollout, prompts: Prompts) -> tu
     with torch.enable_grad():
         mel = spoken.mel.detach().requires_grad_()
         scores = pipeline.score(replace(spoken, mel=mel), prompts)
+        if not scores.total.requires_grad:
+            raise ValueError(
+                "adjoint_matching: expected rewards with a gradient by the mel, got some cut off from it; look "
+                "for detach or no_grad in the vocoder"
+            )
         (gradient,) = torch.autograd.grad(scores.total.sum(), mel)
     return gradient, scores
 
