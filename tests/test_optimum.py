@@ -84,8 +84,7 @@ def test_without_an_anchor_it_reaches_the_maximum(title: str) -> None:
     """Of -sum (x - 1.2)^2 / 2, from 0.7: within 5 % of the way.
 
     Where the reward's gradient is followed, the mean of 128 rollouts of 6 elements has the error D / sqrt(768) =
-    0.0245, that of 30 averaged updates 0.0045: 5 % is 5.6 of these. Of the others FlowGRPO has the largest, 0.007 over
-    the seeds: 3.5 of these.
+    0.0245, that of 30 averaged updates 0.0045: 5 % is 5.6 of these.
     """
     name, options, rate, updates = MAXIMUM[title]
     parts = pipeline(Movable(), MelReward(target=TARGET), anchored=False)
