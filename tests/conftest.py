@@ -27,8 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--typecheck"):
         from jaxtyping import install_import_hook
 
-        # Not config.py: a TrainingArguments is given, by its own parser, what its annotations do not allow. Nor kernels.py:
-        # Triton reads the source of what is decorated.
+        # Not config.py: a TrainingArguments is given, by its own parser, what its annotations do not allow.
+        # Nor kernels.py: Triton reads the source of what is decorated.
         files = (Path(__file__).parents[1] / "rlhf_mel").iterdir()
         modules = [f"rlhf_mel.{file.stem}" for file in files if file.stem not in ("__init__", "config", "kernels")]
         install_import_hook([*modules, "reward_models"], "conftest.checked")
