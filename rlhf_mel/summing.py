@@ -3,7 +3,7 @@
 A linear layer adds them as the product that makes them writes its result, with no gradient in half precision between.
 What DiT's blocks do between products is differentiated by kernels.py on a GPU, by PyTorch's own operators elsewhere.
 
-Sums have the dtype of the policy's own weights, float32 as a rule; `SUMMED` says which have been added to.
+Sums have the dtype of the policy's own weights, float32 as a rule.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rlhf_mel.models.dit import DiTBlock
 from rlhf_mel.nn import FeedForward, Rope, SelfAttention, apply_rope, split_heads, zero_padding
 
 SUMMED: set[int] = set()
-"""Where the sums lie."""
+"""Where the sums lie that have been added to."""
 
 
 def add_and_free(total: Tensor, leaf: Any) -> None:
