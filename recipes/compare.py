@@ -50,7 +50,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,8 @@ class Setting:
     """What is chosen for an algorithm; the rest is its own default."""
 
     learning_rate: float
+    algorithm: str | None = None
+    """None: as the row is called."""
     beta: float | None = None
     """None: the algorithm's default."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -107,7 +109,7 @@ class Setting:
 
 SETTINGS = {
     "draft": Setting(learning_rate=2e-3, beta=1.0),
-    "flow_grpo": Setting(learning_rate=1e-3),
+    "flow_grpo": Setting(learning_rate=1e-3, options={"shared_prior": True}),
     "draft_lv": Setting(learning_rate=2e-3, beta=1.0),
     "ddpo": Setting(learning_rate=1e-3),
     "alignprop": Setting(learning_rate=3e-3, beta=1.0),
@@ -117,10 +119,30 @@ SETTINGS = {
     "adjoint_matching": Setting(learning_rate=1e-3, beta=0.01, options={"max_push": 1.0}),
     "awm": Setting(learning_rate=1e-3),
     "ram": Setting(learning_rate=3e-3),
+    "adjoint_matching_ode": Setting(
+        learning_rate=1e-3, algorithm="adjoint_matching", options={"dynamics": "ode", "last_steps": 3}
+    ),
+    "flow_cps": Setting(
+        learning_rate=1e-3,
+        algorithm="flow_grpo",
+        options={"sde": "flow_cps", "noise_level": 0.8, "shared_prior": True},
+    ),
+    "grpo_guard": Setting(
+        learning_rate=1e-3, algorithm="flow_grpo", options={"guard": True, "epsilon": 2e-6, "shared_prior": True}
+    ),
+    "mixgrpo": Setting(
+        learning_rate=1e-3,
+        algorithm="flow_grpo",
+        options={"window_range": [0, 6], "window_shift_every": 6, "shared_prior": True},
+    ),
 }
-"""In this order they share a device well: those that need most of its memory are not side by side."""
+"""What a row is called, and its setting: every algorithm, and forms of two of them that have papers of their own.
+
+In this order they share a device well: those that need most of its memory are not side by side.
+"""
 VARIANTS: Mapping[str, Sequence[Setting]] = {
-    "adjoint_matching": [Setting(learning_rate=1e-3, beta=beta, options={"max_push": 1.0}) for beta in (0.01, 0.1)]
+    "adjoint_matching": [Setting(learning_rate=1e-3, beta=beta, options={"max_push": 1.0}) for beta in (0.01, 0.1)],
+    "adjoint_matching_ode": [replace(SETTINGS["adjoint_matching_ode"], beta=beta) for beta in (0.003, 0.01, 0.1)],
 }
 """Where tuning begins from more than the setting above."""
 
@@ -211,7 +233,7 @@ class Bench:
             save_strategy="no",
             num_eval_prompts=0,
             reward_models=list(REWARDS),
-            algorithm=job.name,
+            algorithm=job.setting.algorithm or job.name,
             algorithm_kwargs=dict(job.setting.options),
             beta=job.setting.beta,
             learning_rate=job.setting.learning_rate,
@@ -354,7 +376,7 @@ def jobs_of(args: argparse.Namespace, settings: Mapping[str, Setting], known: Ma
 
 def variants(name: str, setting: Setting, factors: Sequence[float]) -> list[Setting]:
     return [
-        dataclasses.replace(start, learning_rate=factor * start.learning_rate)
+        replace(start, learning_rate=factor * start.learning_rate)
         for start in VARIANTS.get(name, [setting])
         for factor in factors
     ]

@@ -13,7 +13,7 @@ References: Shao et al. 2024, DeepSeekMath (GRPO), arXiv 2402.03300; scale "none
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,14 +27,16 @@ EPSILON = 1e-4
 """Keeps the division finite; TRL's and flow_grpo's."""
 
 
-def check_scaling(name: str, scale_rewards: str, multi_objective_aggregation: str) -> None:
-    """Raise a ValueError unless both are known; `name` is the algorithm's."""
-    for option, value, known in (
-        ("scale_rewards", scale_rewards, SCALE_REWARDS),
+def check_scaling(
+    name: str, scale_rewards: str, multi_objective_aggregation: str, *, known: Sequence[str] = SCALE_REWARDS
+) -> None:
+    """Raise a ValueError unless both are known; `name` is the algorithm's, `known` its ways to scale."""
+    for option, value, expected in (
+        ("scale_rewards", scale_rewards, known),
         ("multi_objective_aggregation", multi_objective_aggregation, AGGREGATIONS),
     ):
-        if value not in known:
-            raise ValueError(f"{option} of {name}: expected one of {list(known)}, got {value!r}")
+        if value not in expected:
+            raise ValueError(f"{option} of {name}: expected one of {list(expected)}, got {value!r}")
 
 
 def score_advantages(

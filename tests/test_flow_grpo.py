@@ -467,11 +467,23 @@ def test_a_random_window_visits_its_range_and_a_sliding_one_walks_through_it() -
     assert starts(again, parts) == [2, 2, 3, 3, 1, 1] * 2
 
 
-@pytest.mark.parametrize(("sway", "stop"), [(-1.0, 14), (None, 12)], ids=["sway", "epss"])
-def test_the_default_window_lies_where_the_flow_is_noisier(sway: float | None, stop: int) -> None:
-    """The grid of 16 steps: its step 13 begins at t = 0.444 with sway, step 11 at 14 / 32 without (see solvers.py)."""
-    parts = replace(speech_pipeline(tiny_policy(), MelReward()), sampling=Sampling(steps=16, sway_sampling_coef=sway))
-    assert FlowGRPO()._window_range(parts) == (1, stop)
+@pytest.mark.parametrize(
+    ("steps", "sway", "expected"),
+    [
+        (16, -1.0, (7, 14)),  # step 7 begins at t = 0.058, step 13 at 0.444
+        (16, None, (2, 12)),  # in 32nds: 2 and 14
+        (7, -1.0, (4, 6)),  # 0.076 and 0.293
+        (6, -1.0, (3, 5)),  # 0.043 and 0.076: the last step, from 0.293, has no noise
+        (5, -1.0, (2, 4)),  # 0.019 and 0.076
+    ],
+)
+def test_the_default_window_lies_where_steps_have_a_lever(
+    steps: int, sway: float | None, expected: tuple[int, int]
+) -> None:
+    """Times are those of EPSS and 1 - cos(pi t / 2); see solvers.py."""
+    sampling = Sampling(steps=steps, sway_sampling_coef=sway)
+    parts = replace(speech_pipeline(tiny_policy(), MelReward()), sampling=sampling)
+    assert FlowGRPO()._window_range(parts) == expected
 
 
 # What cannot be meant.
@@ -487,7 +499,8 @@ def test_the_default_window_lies_where_the_flow_is_noisier(sway: float | None, s
         ("flow_grpo", {"sde": "cps"}, "sde: expected one of"),
         ("ddpo", {"per_prompt_buffer": 4}, "per_prompt_buffer of ddpo: expected 0 or at least"),
         ("ddpo", {"advantage_clip": -1.0}, "advantage_clip of ddpo"),
-        ("ddpo", {"scale_rewards": "group"}, "unknown option 'scale_rewards' of algorithm 'ddpo'"),
+        ("ddpo", {"scale_rewards": "group"}, r"scale_rewards of ddpo: expected one of \['batch', 'none'\]"),
+        ("ddpo", {"multi_objective_aggregation": "sum"}, "multi_objective_aggregation of ddpo: expected one of"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(name: str, options: Any, message: str) -> None:
@@ -544,3 +557,30 @@ def test_without_a_buffer_the_batch_is_the_baseline() -> None:
     got = PromptStatistics(0, 2).advantages(torch.tensor([1.0, 3.0]), [7, 7], [(7, 1.0), (7, 3.0), (9, 5.0)])
     torch.testing.assert_close(got, torch.tensor([-2 / 2.0001, 0.0]))
     assert PromptStatistics(0, 2).advantages(torch.tensor([1.0]), [7], [(7, 1.0)]).tolist() == [0.0]
+
+
+def test_ddpo_of_two_rewards_by_hand() -> None:
+    """Deviations from the mean are -2, -1, 3 and 1, -1, 0, in standard deviations over sqrt 7 and 1; the last row has
+    no reward of one kind and counts for nothing."""
+    breakdown = {"a": torch.tensor([1.0, 2.0, 6.0, 50.0]), "b": torch.tensor([3.0, 1.0, 2.0, NAN])}
+    weights = {"a": 1.0, "b": 2.0}
+    scores = Scores(total=breakdown["a"] + 2 * breakdown["b"], breakdown=breakdown)
+
+    def advantages(**options: Any) -> Tensor:
+        return DDPO(DDPO.Config(**options))._advantages(scores, weights, [5, 5, 5, 5])
+
+    torch.testing.assert_close(advantages(scale_rewards="none"), torch.tensor([0.0, -3.0, 3.0, 0.0]))
+    torch.testing.assert_close(advantages(), torch.tensor([0.0, -3.0, 3.0, 0.0]) / (3 + 1e-4))
+    root = math.sqrt(7) + 1e-4
+    summed = torch.tensor([-2 / root + 2 / 1.0001, -1 / root - 2 / 1.0001, 3 / root])
+    want = torch.cat([summed / (summed.square().sum().div(2).sqrt() + 1e-4), torch.zeros(1)])
+    torch.testing.assert_close(advantages(multi_objective_aggregation="normalize_then_sum"), want)
+
+
+def test_ddpo_remembers_each_reward_of_a_prompt() -> None:
+    options = {"multi_objective_aggregation": "normalize_then_sum", "per_prompt_buffer": 2, "per_prompt_min_count": 2}
+    algorithm, resumed = (DDPO(DDPO.Config(**options)) for _ in range(2))
+    breakdown = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([0.5, 0.25])}
+    algorithm._advantages(Scores(breakdown["a"] + breakdown["b"], breakdown), {"a": 1.0, "b": 1.0}, [7, 9])
+    resumed.load_state_dict(algorithm.state_dict())
+    assert resumed.state_dict() == {"a": {7: [1.0], 9: [3.0]}, "b": {7: [0.5], 9: [0.25]}}

@@ -21,19 +21,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_mel.advantages import EPSILON
+from rlhf_mel.advantages import EPSILON, check_scaling
 from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline, check_sde_window, score_metrics
 from rlhf_mel.policy_gradient import Clip, Collected, check_clipping, policy_gradient_loss
 from rlhf_mel.solvers import SDE
-from rlhf_mel.types import Prompts
+from rlhf_mel.types import Prompts, Scores
 
 
 class PromptStatistics:
-    """The last rewards of each prompt, by its group id."""
+    """The last rewards of each prompt, by its group id.
 
-    def __init__(self, buffer: int, min_count: int) -> None:
+    scaled: whether advantages are in standard deviations.
+    """
+
+    def __init__(self, buffer: int, min_count: int, *, scaled: bool = True) -> None:
         self._buffer = buffer
         self._min_count = min_count
+        self._scaled = scaled
         self._rewards: dict[int, deque[float]] = {}
 
     def advantages(self, rewards: Tensor, group_ids: Sequence[int], everyone: Sequence[tuple[int, float]]) -> Tensor:
@@ -44,8 +48,9 @@ class PromptStatistics:
         finite = [(group, reward) for group, reward in everyone if math.isfinite(reward)]
         for group, reward in finite:
             self._rewards.setdefault(group, deque(maxlen=max(self._buffer, 1))).append(reward)
-        batch = _standardiser([reward for _, reward in finite])
-        own = {group: _standardiser(self._rewards[group]) for group in set(group_ids) if self._knows(group)}
+        batch = _standardiser([reward for _, reward in finite], self._scaled)
+        known = {group for group in group_ids if self._knows(group)}
+        own = {group: _standardiser(self._rewards[group], self._scaled) for group in known}
         rows = zip(group_ids, rewards.tolist(), strict=True)
         return torch.tensor([own.get(group, batch)(reward) for group, reward in rows], device=rewards.device)
 
@@ -59,12 +64,12 @@ class PromptStatistics:
         self._rewards = {group: deque(last, maxlen=max(self._buffer, 1)) for group, last in state.items()}
 
 
-def _standardiser(rewards: Collection[float]) -> Callable[[float], float]:
-    """(r - mean) / (std + 1e-4) over `rewards`; 0 where r is not finite, or where all are equal."""
+def _standardiser(rewards: Collection[float], scaled: bool) -> Callable[[float], float]:
+    """(r - mean) / (std + 1e-4) over `rewards`, or r - mean; 0 where r is not finite, or where all are equal."""
     values = torch.tensor(list(rewards), dtype=torch.float64)
     if len(set(rewards)) < 2:
         return lambda reward: 0.0
-    mean, scale = values.mean().item(), values.std().item() + EPSILON
+    mean, scale = values.mean().item(), values.std().item() + EPSILON if scaled else 1.0
     return lambda reward: (reward - mean) / scale if math.isfinite(reward) else 0.0
 
 
@@ -93,6 +98,10 @@ class DDPO(AlgorithmBase):
         """Clip range of the ratio, which is per element (ddpo-pytorch: 1e-4); infinite: no bound."""
         epsilon_high: float | None = None
         """Upper clip range; null: epsilon."""
+        scale_rewards: str = "batch"
+        """Divide advantages by the standard deviation of what rewards are compared with ('batch'), or by 'none'."""
+        multi_objective_aggregation: str = "sum_then_normalize"
+        """Several rewards: sum them, then compare ('sum_then_normalize'), or each first ('normalize_then_sum')."""
         advantage_clip: float = 5.0
         """Largest size of an advantage."""
         per_prompt_buffer: int = 0
@@ -102,6 +111,7 @@ class DDPO(AlgorithmBase):
 
         def __post_init__(self) -> None:
             check_clipping("ddpo", self.epsilon, self.epsilon_high, self.advantage_clip)
+            check_scaling("ddpo", self.scale_rewards, self.multi_objective_aggregation, known=("batch", "none"))
             for option, least in (("per_prompt_buffer", 0), ("per_prompt_min_count", 2)):
                 value = getattr(self, option)
                 if not isinstance(value, int) or value < least:
@@ -126,7 +136,7 @@ class DDPO(AlgorithmBase):
     def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
         self.config = config or self.Config()
         self.beta = beta
-        self._statistics = PromptStatistics(self.config.per_prompt_buffer, self.config.per_prompt_min_count)
+        self._statistics: dict[str, PromptStatistics] = {}
 
     def check(self, pipeline: Pipeline) -> None:
         check_sde_window(self.name, pipeline, self.config.step_noise, self._window(pipeline))
@@ -140,9 +150,9 @@ class DDPO(AlgorithmBase):
         sde, window = self.config.step_noise, self._window(pipeline)
         spoken, trajectories = pipeline.sde_rollout(prompts, generator, sde=sde, window=window)
         scores = pipeline.score(spoken, prompts)
+        weights = dict(zip(pipeline.rewards.names, pipeline.rewards.weights, strict=True))
         group_ids = [0] * len(prompts) if prompts.group_ids is None else prompts.group_ids.tolist()
-        everyone = gathered(list(zip(group_ids, scores.total.tolist(), strict=True)))
-        advantages = self._statistics.advantages(scores.total, group_ids, everyone)
+        advantages = self._advantages(scores, weights, group_ids)
         dropped = ~scores.total.isfinite()
         return Collected(
             trajectories=trajectories,
@@ -151,16 +161,42 @@ class DDPO(AlgorithmBase):
             metrics=score_metrics(scores, prompts.group_ids) | {"dropped_rollouts": dropped},
         )
 
+    def _advantages(self, scores: Scores, weights: Mapping[str, float], group_ids: Sequence[int]) -> Tensor:
+        """Advantages [B]; of several rewards as in `score_advantages`, compared with the rollouts of all processes."""
+        if self.config.multi_objective_aggregation == "sum_then_normalize":
+            return self._compared("total", scores.total, group_ids)
+        summed = torch.zeros_like(scores.total)
+        for name, weight in weights.items():
+            if weight != 0:
+                reward = scores.breakdown[name].where(scores.total.isfinite(), torch.nan)
+                summed += weight * self._compared(name, reward, group_ids)
+        summed = summed.where(scores.total.isfinite(), torch.nan)
+        everyone = [value for value in gathered(summed.tolist()) if math.isfinite(value)]
+        return torch.tensor([*map(_standardiser(everyone, scaled=True), summed.tolist())], device=summed.device)
+
+    def _compared(self, name: str, rewards: Tensor, group_ids: Sequence[int]) -> Tensor:
+        everyone = gathered(list(zip(group_ids, rewards.tolist(), strict=True)))
+        return self._statistics_of(name).advantages(rewards, group_ids, everyone)
+
+    def _statistics_of(self, name: str) -> PromptStatistics:
+        config = self.config
+        if name not in self._statistics:
+            scaled = config.scale_rewards == "batch" or config.multi_objective_aggregation == "normalize_then_sum"
+            buffer, least = config.per_prompt_buffer, config.per_prompt_min_count
+            self._statistics[name] = PromptStatistics(buffer, least, scaled=scaled)
+        return self._statistics[name]
+
     def loss(self, pipeline: Pipeline, collected: Collected, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         clip, reference = self.config.clip, pipeline.reference
         loss, metrics = policy_gradient_loss(pipeline.policy, reference, collected, clip=clip, beta=self.beta)
         return loss, {**collected.metrics, **metrics}
 
-    def state_dict(self) -> dict[int, list[float]]:
-        return self._statistics.state_dict()
+    def state_dict(self) -> dict[str, dict[int, list[float]]]:
+        return {name: statistics.state_dict() for name, statistics in self._statistics.items()}
 
-    def load_state_dict(self, state: Mapping[int, Sequence[float]]) -> None:
-        self._statistics.load_state_dict(state)
+    def load_state_dict(self, state: Mapping[str, Mapping[int, Sequence[float]]]) -> None:
+        for name, rewards in state.items():
+            self._statistics_of(name).load_state_dict(rewards)
 
 
 algorithm = DDPO

@@ -29,6 +29,13 @@ from rlhf_mel.policy_gradient import Clip, Collected, check_clipping, policy_gra
 from rlhf_mel.solvers import SDE
 from rlhf_mel.types import Prompts
 
+LEVER = 0.05, 0.5
+"""Times at which the steps of a window begin, if it is not told where to lie.
+
+With sway a third of the steps begin before: so short, and with so much noise in what they begin with, that they learn
+little (docs/comparison.md).
+"""
+
 
 def window_at(first: int, stop: int, size: int | None, position: int) -> range:
     """The window of `size` steps at `position`, modulo the places there are in the steps [first, stop)."""
@@ -51,9 +58,10 @@ class FlowGRPO(AlgorithmBase):
         window_size: int | None = 2
         """Random steps of a rollout, in a row; null: all of window_range."""
         window_range: Sequence[int] | None = None
-        """Steps [first, stop) that the window lies in; null: those that begin at 0 < t < 1/2.
+        """Steps [first, stop) that the window lies in; null: those that begin at 0.05 <= t < 1/2 (see LEVER).
 
-        flow_grpo's Fast takes the first half of its steps. With sway that would be t < 0.08: hardly any lever.
+        Where these are fewer than window_size, some before them too. flow_grpo's Fast takes the first half of its
+        steps, which with sway would be t < 0.08.
         """
         window_shift_every: int | None = None
         """Updates after which the window moves on by one step, at the end back to the beginning; null: random."""
@@ -118,7 +126,9 @@ class FlowGRPO(AlgorithmBase):
             return first, stop
         sampling = pipeline.sampling
         t = pipeline.policy.timesteps(sampling.steps, sway_sampling_coef=sampling.sway_sampling_coef)
-        return 1, min(int((t < 0.5).sum()), self.config.step_noise.random_steps(sampling.steps).stop)
+        first, stop = (int((t < time).sum()) for time in LEVER)
+        stop = min(stop, self.config.step_noise.random_steps(sampling.steps).stop)
+        return max(1, min(first, stop - (self.config.window_size or 1))), stop
 
     def _window(self, pipeline: Pipeline, generator: torch.Generator) -> range:
         every = self.config.window_shift_every
