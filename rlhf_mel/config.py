@@ -224,6 +224,8 @@ class RLHFConfig(TrainingArguments):
                 f"inductor; got {self.torch_compile_backend!r} and {self.torch_compile_mode!r}; remove them"
             )
         super().__post_init__()
+        # transformers would ask the model for what every solve does as it is: velocities run again in backward()
+        self.gradient_checkpointing = self.activation_checkpointing = False
         _check_rewards(self.reward_models, self.reward_weights)
         load_algorithm(self.algorithm, self.algorithm_options, beta=self.beta or 0.0)
         if self.remove_unused_columns:

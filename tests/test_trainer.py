@@ -306,6 +306,14 @@ def test_blocks_are_compiled_and_nothing_else(tmp_path: Path, dataset: PromptDat
         trainer(tmp_path, dataset, torch_compile_mode="max-autotune")
 
 
+def test_gradient_checkpointing_asks_for_what_is_done_anyway(tmp_path: Path, dataset: PromptDataset) -> None:
+    plain, asked = trainer(tmp_path / "a", dataset), trainer(tmp_path / "b", dataset, gradient_checkpointing=True)
+    plain.train()
+    asked.train()
+    assert same_weights(plain.policy, asked.policy)
+    assert "gradient_checkpointing: true" in (tmp_path / "b" / "config.yaml").read_text()
+
+
 def test_without_beta_there_is_no_reference(tmp_path: Path, dataset: PromptDataset) -> None:
     assert trainer(tmp_path, dataset, beta=0.0).pipeline.reference is None
 
