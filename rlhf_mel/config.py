@@ -41,6 +41,10 @@ LORA_FIELDS = frozenset(
 """The fields of TRL's `ModelConfig` that mean something for a flow."""
 
 
+OF_LANGUAGE_MODELS = ("neftune_noise_alpha", "label_smoothing_factor", "use_liger_kernel", "train_sampling_strategy")
+"""Options of transformers that nothing here reads; a run that sets them is refused."""
+
+
 SHARED_OPTIONS = ("epsilon", "epsilon_high", "scale_rewards", "multi_objective_aggregation")
 """Options that algorithms have in common with TRL's GRPOConfig: fields of the run, handed to the algorithm's Config."""
 
@@ -226,6 +230,7 @@ class RLHFConfig(TrainingArguments):
         super().__post_init__()
         # transformers would ask the model for what every solve does as it is: velocities run again in backward()
         self.gradient_checkpointing = self.activation_checkpointing = False
+        _check_inherited(self)
         _check_rewards(self.reward_models, self.reward_weights)
         load_algorithm(self.algorithm, self.algorithm_options, beta=self.beta or 0.0)
         if self.remove_unused_columns:
@@ -246,6 +251,20 @@ class RLHFConfig(TrainingArguments):
         if twice := sorted(shared.keys() & options.keys()):
             raise ValueError(f"{twice} given twice: expected one value, got algorithm_kwargs with a second; remove it")
         return {**shared, **options}
+
+
+def _check_inherited(config: RLHFConfig) -> None:
+    """Raise where an option of transformers is set that has no meaning for rollouts of mels."""
+    for own in dataclasses.fields(config):
+        value = getattr(config, own.name)
+        if own.name in OF_LANGUAGE_MODELS and value != own.default:
+            raise ValueError(f"{own.name} is of language models: expected {own.default!r}, got {value!r}; remove it")
+    accelerator: Any = config.accelerator_config
+    if accelerator.dispatch_batches:
+        raise ValueError(
+            "accelerator_config: expected dispatch_batches off, as each process draws its own prompts, got True; "
+            "remove it"
+        )
 
 
 def _check_numbers(config: RLHFConfig) -> None:

@@ -91,6 +91,9 @@ def test_an_unknown_yaml_key_raises_and_suggests(tmp_path: Path) -> None:
         ({"epsilon": 0.1}, "unknown option 'epsilon' of algorithm 'draft'"),
         ({"epsilon": 0.1, "algorithm_kwargs": {"epsilon": 0.2}}, r"\['epsilon'\] given twice"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is of language models: expected 0.0, got 0.1"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is of language models"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "expected dispatch_batches off"),
     ],
 )
 def test_what_cannot_be_meant_raises(fields: dict, message: str) -> None:
