@@ -1,8 +1,9 @@
 """Choose the bundled prompts from a corpus: sentences to speak, and reference clips of each voice.
 
-Writes `train.jsonl` (200 sentences), `heldout.jsonl` (50) and `references/*.flac` into --out; a line is
-`{"id", "text", "voice", "reference_audio", "reference_text"}`, the path relative to the file. Held-out sentences and
-their reference clips are of the corpus's held-out side: no recipe has trained on them. Voices alternate.
+Writes `train.jsonl` (168 sentences), `tuning.jsonl` (32, to choose settings by), `heldout.jsonl` (50, to report) and
+`references/*.flac` into --out; a line is `{"id", "text", "voice", "reference_audio", "reference_text"}`, the path
+relative to the file. Held-out sentences and their reference clips are of the corpus's held-out side: no recipe has
+trained on them. Voices alternate.
 Hardware: any; seconds.
     python recipes/build_prompts.py --data data/corpus --out rlhf_mel/assets/prompts
 """
@@ -59,7 +60,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=200)
+    parser.add_argument("--train", type=int, default=168)
+    parser.add_argument("--tuning", type=int, default=32)
     parser.add_argument("--held_out", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -69,7 +71,9 @@ def main() -> None:
     (args.out / "references").mkdir(parents=True, exist_ok=True)
     train = [clip for clip in clips if not is_held_out(clip["text"])]
     held_out = [clip for clip in clips if is_held_out(clip["text"])]
-    write(prompts(train, args.train, 4, rng), "train", args.data, args.out)
+    rows = prompts(train, args.train + args.tuning, 4, rng)
+    write(rows[: args.train], "train", args.data, args.out)
+    write(rows[args.train :], "tuning", args.data, args.out)
     write(prompts(held_out, args.held_out, 2, rng), "heldout", args.data, args.out)
 
 

@@ -21,7 +21,7 @@ errors if a model is named), and writes judged.jsonl, table.md, comparison.json 
 says on which judges a method is worse than the base (`worse_than_base` has the rule), and which guards of
 rlhf_mel/evaluate.py, which have slack, fail in how many runs; cer is no independent judge here, wer is.
 
---tune trains on the first 168 training prompts and listens to the other 32, once for each of VARIANTS and of --factors
+--tune listens to the 32 tuning prompts instead of the held-out ones, once for each of VARIANTS and of --factors
 of its learning rate; it prints which did best without losing the words (CER at most 0.02 above the base), and writes
 these to settings.json as it goes.
 
@@ -76,8 +76,9 @@ from transformers import TrainerCallback
 
 from rlhf_mel import Rewards, RLHFConfig, RLHFTrainer, load_policy, load_prompts, load_recognizer, load_vocoder
 from rlhf_mel.best_of_n import BestOfN
-from rlhf_mel.evaluate import DEFAULT_JUDGES, EvaluationResult, Sampler, evaluate, plain
+from rlhf_mel.evaluate import EvaluationResult, Sampler, evaluate, plain
 from rlhf_mel.guidance import NoiseOptimisation, StepGuidance
+from rlhf_mel.measures import DEFAULT_JUDGES
 from rlhf_mel.types import Audio
 
 REWARDS = ("mos", "intelligibility")
@@ -88,7 +89,6 @@ SAMPLERS: Mapping[str, Callable[..., Sampler]] = {
     "step_guidance": StepGuidance,
 }
 """Better speech from the base as it is: by eight solves, by eight with gradients, by one with a gradient a step."""
-TUNING_PROMPTS = 32
 CER_SLACK = 0.02
 WARM_UP = 3
 """Updates before those that are timed."""
@@ -200,13 +200,9 @@ class Bench:
         self.vocoder = load_vocoder("tiny").to(self.device)
         self.rewards = Rewards(list(REWARDS)).to(self.device)
         self.recognizer = load_recognizer("tiny", device=self.device)
-        self.train = judged = load_prompts("tiny", split="train")
-        rows = range(len(judged) - TUNING_PROMPTS, len(judged))
-        if args.tune:
-            self.train = judged.head(len(judged) - TUNING_PROMPTS)
-        else:
-            judged = load_prompts("tiny", split="heldout")
-            rows = range(min(args.prompts, len(judged)))
+        self.train = load_prompts("tiny", split="train")
+        judged = load_prompts("tiny", split="tuning") if args.tune else load_prompts("tiny", split="heldout")
+        rows = range(len(judged) if args.tune else min(args.prompts, len(judged)))
         self.judged = judged.collate([judged[row] for row in rows]).to(self.device)
 
     def listen(self, policy: Any, seed: int, sampler: Sampler = plain) -> EvaluationResult:

@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_mel.evaluate import EvaluationResult, verdict
+from rlhf_mel.evaluate import EvaluationResult
+from rlhf_mel.intervals import mean_interval
+from rlhf_mel.verdict import WORSE as FAILED
+from rlhf_mel.verdict import verdict
 
 Run = Mapping[str, Any]
 
@@ -120,26 +123,25 @@ def worse_than_base(runs: Sequence[Run], bases: Mapping[int, Run]) -> dict[str, 
     """The judges of WORSE on which a method is worse than the base with the same noise: by how much.
 
     A prompt's change is the mean over seeds of run minus base; pairs with a NaN do not count. Worse is a mean over
-    prompts that is more than two standard errors to the side that WORSE names: for fifty prompts a 95 % interval
-    (Student's t 2.01). It is of these runs: seeds are too few to say what others would do.
+    prompts whose 95 % interval lies to the side of 0 that WORSE names. It is of these runs and voices: seeds and voices
+    are too few to say what others would do.
     """
     worse = {}
     for key in (key for key in WORSE if key in runs[0]["measures"]):  # no WER without Whisper
         pairs = [np.subtract(run["measures"][key], bases[run["seed"]]["measures"][key]) for run in runs]
-        changes = np.ma.masked_invalid(pairs).mean(0).compressed()
-        change, margin = float(changes.mean()), 2 * changes.std(ddof=1) / math.sqrt(len(changes))
-        if (change > margin and WORSE[key] != "lower") or (change < -margin and WORSE[key] != "higher"):
-            worse[key] = change
+        interval = mean_interval(np.ma.masked_invalid(pairs).mean(0).compressed())
+        if (interval.low > 0 and WORSE[key] != "lower") or (interval.high < 0 and WORSE[key] != "higher"):
+            worse[key] = interval.change
     return worse
 
 
 def failed_guards(runs: Sequence[Run], bases: Mapping[int, Run]) -> dict[str, int]:
-    """Guards of evaluate.py that do not hold against the base with the same noise: in how many of the runs."""
+    """Guards of measures.py that fail against the base with the same noise (verdict.py): in how many of the runs."""
     counts: dict[str, int] = {}
     for run in runs:
         guards = verdict(_heard(bases[run["seed"]]), _heard(run))["guards"]
         for guard, found in guards.items():
-            counts[guard] = counts.get(guard, 0) + (found["status"] == "worse")
+            counts[guard] = counts.get(guard, 0) + (found["status"] == FAILED)
     return {guard: count for guard, count in counts.items() if count}
 
 
@@ -148,7 +150,7 @@ def _heard(run: Run) -> EvaluationResult:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of `summary`, in Markdown; without the guard of DNSMOS, which asks for a rise."""
+    """The table of `summary`, in Markdown."""
     shown = {key: column for key, column in COLUMNS.items() if any(key in row["measures"] for row in rows)}
     heads = ["method", "updates", "s an update", "reward", f"s to {RIVAL}'s", *(head for head, _ in shown.values())]
     lines = [[*heads, "worse than base", "guards that fail"], ["---"] * (len(heads) + 2)]
@@ -156,7 +158,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         reached, trained = row["seconds_to_rival"], row["updates"] > 0
         spread = "" if math.isnan(row["reward_std"]) else f" ± {row['reward_std']:.3f}"
         worse = [f"{shown[key][0].split(',')[0]} {change:+{shown[key][1]}}" for key, change in row["worse"].items()]
-        fails = [f"{guard} {count}/{row['runs']}" for guard, count in row["fails"].items() if guard != "dnsmos_ovrl"]
+        fails = [f"{guard} {count}/{row['runs']}" for guard, count in row["fails"].items()]
         early = [f"ended early {row['ended_early']}/{row['runs']}"] if row["ended_early"] else []
         lines.append(
             [

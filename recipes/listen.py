@@ -27,7 +27,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_mel import load_policy, load_prompts, load_vocoder, rollout
 from rlhf_mel.audio import MelSpec, load_audio, log_mel, resample, samples_to_frames
-from rlhf_mel.evaluate import clips, dnsmos, item_generator
+from rlhf_mel.evaluate import item_generator
+from rlhf_mel.measures import clips, dnsmos
 from rlhf_mel.rewards import Rewards
 from rlhf_mel.sound import sound
 from rlhf_mel.types import Audio, Prompts

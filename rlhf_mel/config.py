@@ -105,6 +105,13 @@ class RLHFConfig(TrainingArguments):
         metadata=_help("Held-out prompts heard before and after training, from the first on; 0: none."),
     )
 
+    noise_floor: bool = field(
+        default=True,
+        metadata=_help(
+            "Before training, hear held-out prompts with a second sampling seed too: how far chance moves a measure."
+        ),
+    )
+
     reward_models: list[str] = field(
         default_factory=lambda: ["mos"],
         metadata=_help("Rewards by name (reward_models/NAME.py) or 'package.module:Name'."),

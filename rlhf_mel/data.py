@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 REQUIRED = ("text", "reference_audio", "reference_text")
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "tuning", "heldout")
 _CLIPS_IN_MEMORY = 512
 
 
@@ -261,7 +261,7 @@ def load_prompts(
 
     Args:
         source: name or path.
-        split: 'train' or 'heldout'; which of the bundled files, or of a folder's.
+        split: 'train', 'tuning' (to choose settings by) or 'heldout' (to report); which bundled file, or of a folder's.
         mel_spec: that of the policy.
         columns: our names to the list's, where they differ: {"text": "sentence"}.
         audio_root: folder that relative paths of clips start from; the list's own unless given.

@@ -15,12 +15,24 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_mel.audio import MelSpec, log_mel
+from rlhf_mel.measures import JUDGE, MEASURES, measure
+from rlhf_mel.verdict import (
+    CONFIRMED,
+    NO_RISE,
+    NOT_CONVINCED,
+    NOT_IMPROVED,
+    OK,
+    TOO_FEW,
+    UNDECIDED,
+    WORSE,
+    enough_in_words,
+)
 
 MAX_SAMPLES = 8
 MAX_BYTES = 5_500_000
@@ -31,32 +43,15 @@ MEL_RANGE = 10.0
 """Nepers (87 dB) from black to the brightest of a prompt's pictures."""
 
 
-class Measure(NamedTuple):
-    label: str
-    better: str
-    """'higher', 'lower', or '' where a change is not good or bad by itself."""
-    digits: int = 3
-
-
-MEASURES: Mapping[str, Measure] = {
-    "dnsmos_ovrl": Measure("DNSMOS overall", "higher"),
-    "dnsmos_sig": Measure("DNSMOS speech", "higher"),
-    "dnsmos_bak": Measure("DNSMOS background", "higher"),
-    "cer": Measure("Character error rate", "lower"),
-    "voice_similarity": Measure("Voice similarity to the reference", "higher"),
-    "level_dbfs": Measure("Level of speech, dBFS", "", 1),
-    "silence_ratio": Measure("Share of silence", ""),
-    "duration_s": Measure("Seconds of speech", "", 2),
-    "f0_std_semitones": Measure("Pitch variation, semitones", "", 2),
-    "clipping_ratio": Measure("Share of clipped samples", "lower", 4),
-}
 NOT_SHOWN = ("reward", "reward_std")
 EXPLAINED: Mapping[str, str] = {
-    "confirmed": "The reward rose on prompts it was not trained on, a judge that was not trained on agrees, "
-    "and every guard held.",
-    "reward up, judge not convinced": "The reward rose, but a judge or guard that was not trained on does not confirm "
-    "it. Listen before you trust it: this is what reward hacking looks like.",
-    "reward not improved": "The reward did not rise on the held-out prompts.",
+    CONFIRMED: "The reward rose on prompts it was not trained on, a judge that was not trained on hears it too, "
+    "and every guard held: each with 95 % confidence.",
+    NOT_CONVINCED: "The reward rose, but a judge or guard that was not trained on does not confirm it. Listen before "
+    "you trust it: this is what reward hacking looks like.",
+    TOO_FEW: "The reward rose. Whether a judge that was not trained on hears it, at what cost, these prompts cannot "
+    "tell: an interval below reaches over its limit. That is no confirmation.",
+    NOT_IMPROVED: "The interval of the reward's change on held-out prompts does not lie above 0.",
 }
 NO_VERDICT = "no held-out prompts"
 
@@ -96,7 +91,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 def _headline(summary: Mapping[str, Any]) -> str:
     overall = summary.get("verdict", {}).get("overall", NO_VERDICT)
     explained = EXPLAINED.get(overall, "Nothing was heard before and after, so nothing can be said.")
-    tone = {"confirmed": "good", "reward up, judge not convinced": "bad"}.get(overall, "plain")
+    tone = {CONFIRMED: "good", NOT_CONVINCED: "bad"}.get(overall, "plain")
     facts = {
         "algorithm": summary.get("algorithm"),
         "updates": summary.get("steps"),
@@ -117,24 +112,39 @@ def _headline(summary: Mapping[str, Any]) -> str:
 def _evidence(summary: Mapping[str, Any]) -> str:
     """The reward and the judge from before to after, and which guards failed, in a line."""
     before, after = summary.get("before") or {}, summary.get("after") or {}
+    said = summary.get("verdict", {})
     pairs = [
-        f"{label} <b>{_number(before.get(name), 2)} → {_number(after.get(name), 2)}</b>"
-        for name, label in (("reward", "Trained reward"), ("dnsmos_ovrl", "judge (DNSMOS overall)"))
+        f"{label} <b>{_number(before.get(name), 2)} → {_number(after.get(name), 2)}</b> "
+        f"{_change(_entries(said).get(name, {}), 2)}"
+        for name, label in (("reward", "Trained reward"), (JUDGE, f"judge ({measure(JUDGE).label})"))
         if name in before
     ]
-    guards = summary.get("verdict", {}).get("guards", {})
-    failed = [
-        escape(_measure(name).label.split(",")[0]) for name, guard in guards.items() if guard.get("status") == "worse"
+    evidence = f'<p class="evidence">{", ".join(pairs)}.</p>' if pairs else ""
+    enough = f"<p>{escape(enough_in_words(said).capitalize())}.</p>" if said.get("overall") == TOO_FEW else ""
+    return evidence + _guards_that(said, WORSE, "Limit not met", "bad") + _guards_that(said, UNDECIDED) + enough
+
+
+def _guards_that(said: Mapping[str, Any], status: str, text: str = "Undecided", tone: str = "") -> str:
+    named = [
+        escape(measure(name).label.split(",")[0])
+        for name, entry in _entries(said).items()
+        if entry.get("status") == status
     ]
-    said = f'<p class="evidence">{", ".join(pairs)}.</p>' if pairs else ""
-    return said + (f'<p class="bad">Limit not met: {", ".join(failed)}.</p>' if failed else "")
+    return f'<p class="{tone}">{text}: {", ".join(named)}.</p>' if named else ""
+
+
+def _entries(said: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What the verdict says of each measure."""
+    judge = said.get("judge") or {}
+    return {"reward": said.get("reward") or {}, judge.get("measure", JUDGE): judge, **(said.get("guards") or {})}
 
 
 def _table(summary: Mapping[str, Any]) -> str:
     before, after = summary.get("before") or {}, summary.get("after") or {}
     if not before or not after:
         return ""
-    guards = summary.get("verdict", {}).get("guards", {})
+    entries = _entries(summary.get("verdict", {}))
+    floors = summary.get("verdict", {}).get("noise_floor") or {}
     rewards = [name for name in before if name.startswith("rewards/") and name.endswith("/mean")]
     judges = [
         name for name in before if not name.startswith("rewards/") and name not in (*NOT_SHOWN, "dropped_rollouts")
@@ -143,61 +153,86 @@ def _table(summary: Mapping[str, Any]) -> str:
     total = ["reward"] if len(rewards) > 1 else []
     dropped = max(before.get("dropped_rollouts") or 0, after.get("dropped_rollouts") or 0)
     note = f'<p class="bad">{dropped:g} prompts had no finite reward and are not in its mean.</p>' if dropped else ""
+    if len(rewards) == 1:
+        entries[rewards[0]] = entries["reward"]
+        floors = {rewards[0]: floors["reward"], **floors} if "reward" in floors else floors
     return f"""<section><h2>Before and after, on held-out prompts</h2>
+<p>{_counted(entries["reward"])}</p>
 <div class="wide"><table>
-<thead><tr><th>measure</th><th>before</th><th>after</th><th>change</th><th>limit</th><th></th></tr></thead>
-<tbody class="trained"><tr><th colspan="6">Trained on: the reward</th></tr>
-{"".join(_row(name, before, after, {}) for name in [*total, *rewards])}</tbody>
-<tbody><tr><th colspan="6">Never trained on: judges and guards</th></tr>
-{"".join(_row(name, before, after, guards.get(name, {})) for name in judges)}
-{"".join(_unmeasured(name, guards[name]) for name in guards if name not in before)}</tbody>
+<thead><tr><th>measure</th><th>before</th><th>after</th><th>change</th><th>95 % interval</th>
+<th title="the policy before training, heard with another sampling seed">another seed</th>
+<th>limit</th><th></th></tr></thead>
+<tbody class="trained"><tr><th colspan="8">Trained on: the reward</th></tr>
+{"".join(_row(name, before, after, entries.get(name, {}), floors) for name in [*total, *rewards])}</tbody>
+<tbody><tr><th colspan="8">Never trained on: judges and guards</th></tr>
+{"".join(_row(name, before, after, entries.get(name, {}), floors) for name in judges)}
+{"".join(_unmeasured(name, entries[name]) for name in entries if name in MEASURES and name not in before)}</tbody>
 </table></div>{note}</section>"""
 
 
-def _measure(name: str) -> Measure:
-    if name == "reward":
-        return Measure("Weighted sum", "higher")
-    if name.startswith("rewards/"):
-        return Measure(name.split("/")[1], "higher")
-    return MEASURES.get(name, Measure(name, ""))
-
-
-def _row(name: str, before: Mapping[str, Any], after: Mapping[str, Any], guard: Mapping[str, Any]) -> str:
-    label, better, digits = _measure(name)
-    change = _difference(before.get(name), after.get(name))
-    status = guard.get("status", "")
-    gain = (change or 0) * {"higher": 1, "lower": -1, "": 0}[better]
-    # What has no limit, or no gain above twice its standard error, is left uncoloured: it may be noise.
-    improved = gain > 2 * (guard.get("standard_error") or 0) and (status or "reward" in name)
-    tone = "bad" if status == "worse" else "good" if improved else ""
-    return (
-        f"<tr><td>{escape(label)}</td><td>{_number(before.get(name), digits)}</td>"
-        f"<td>{_number(after.get(name), digits)}</td>"
-        f'<td class="{tone}">{_number(change, digits, signed=True)}{_error(guard, digits)}</td>'
-        f'<td class="words">{escape(guard.get("limit", ""))}{_worst(name, guard, change)}</td>'
-        f'<td class="words {"bad" if status == "worse" else ""}">{escape(status)}</td></tr>'
-    )
-
-
-def _unmeasured(name: str, guard: Mapping[str, Any]) -> str:
-    return (
-        f"<tr><td>{escape(_measure(name).label)}</td><td></td><td></td><td></td>"
-        f'<td class="words">{escape(guard.get("limit", ""))}</td><td class="words">not measured</td></tr>'
-    )
-
-
-def _error(guard: Mapping[str, Any], digits: int) -> str:
-    error = guard.get("standard_error")
-    return f' <small title="standard error over prompts">± {error:.{digits}f}</small>' if _finite(error) else ""
-
-
-def _worst(name: str, guard: Mapping[str, Any], change: float | None) -> str:
-    """The worst clip's change, where the guard looks at that instead of the mean."""
-    worst = guard.get("change")
-    if name not in ("silence_ratio", "duration_s") or not _finite(worst) or not _finite(change):
+def _counted(reward: Mapping[str, Any]) -> str:
+    """What intervals are made of."""
+    prompts, clusters = reward.get("prompts"), reward.get("clusters")
+    if not prompts:
         return ""
-    shown = f"{worst:+.0%}" if name == "duration_s" else f"{worst:+.2f}"
-    return f" <small>(worst {shown.replace('-', '−')})</small>"
+    voices = "" if clusters == prompts else f" in {clusters} voices, by which the intervals are clustered"
+    return (
+        f"Paired over {prompts} prompts{voices}. “Another seed” is the policy before training, heard once more with "
+        "other noise: what chance alone does to a mean."
+    )
+
+
+def _row(
+    name: str,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    entry: Mapping[str, Any],
+    floors: Mapping[str, Mapping[str, Any]],
+) -> str:
+    known = measure(name)
+    status = entry.get("status", "")
+    # Coloured is what the verdict rests on: a rise that it counts, a limit that is not met.
+    improved = status == OK and "high" in entry and known.guard is None
+    tone = "bad" if status in (WORSE, NO_RISE) else "good" if improved else ""
+    share = known.guard is not None and known.guard.relative
+    change = entry["change"] if share and "change" in entry else _difference(before.get(name), after.get(name))
+    chance = floors.get(name, {}).get("change")
+    return (
+        f"<tr><td>{escape(known.label)}</td><td>{_number(before.get(name), known.digits)}</td>"
+        f"<td>{_number(after.get(name), known.digits)}</td>"
+        f'<td class="{tone}">{_amount(change, known.digits, share and "change" in entry)}</td>'
+        f"<td>{_interval(entry, known.digits, share)}</td><td>{_amount(chance, known.digits, share)}</td>"
+        f'<td class="words">{escape(entry.get("limit", ""))}</td>'
+        f'<td class="words {tone}">{escape(status)}</td></tr>'
+    )
+
+
+def _unmeasured(name: str, entry: Mapping[str, Any]) -> str:
+    return (
+        f"<tr><td>{escape(measure(name).label)}</td>{'<td></td>' * 5}"
+        f'<td class="words">{escape(entry.get("limit", ""))}</td><td class="words">not measured</td></tr>'
+    )
+
+
+def _change(entry: Mapping[str, Any], digits: int) -> str:
+    """The interval of a change, small, behind its numbers."""
+    interval = _interval(entry, digits, share=False)
+    return f'<small title="95 % interval of the change">{interval}</small>' if interval else ""
+
+
+def _interval(entry: Mapping[str, Any], digits: int, share: bool) -> str:
+    if not (_finite(entry.get("low")) and _finite(entry.get("high"))):
+        return ""
+    return f"{_amount(entry['low'], digits, share)} to {_amount(entry['high'], digits, share)}"
+
+
+def _amount(change: Any, digits: int, share: bool) -> str:
+    """A change with its sign; as a share of the mean before in percent."""
+    return (
+        f"{_number(100 * change, 1, signed=True)} %"
+        if share and _finite(change)
+        else _number(change, digits, signed=True)
+    )
 
 
 def _finite(value: Any) -> bool:
@@ -357,8 +392,9 @@ def _base64(file: io.BytesIO) -> str:
 def _scores(scores: Mapping[str, Any], transcript: str | None) -> str:
     shown = [name for name in scores if name.startswith("rewards/")]
     shown += [name for name in ("dnsmos_ovrl", "cer", "voice_similarity") if name in scores]
-    short = {"dnsmos_ovrl": "DNSMOS", "cer": "CER", "voice_similarity": "voice"}
-    values = (f"<b>{_number(scores[name], 2)}</b> {escape(short.get(name, _measure(name).label))}" for name in shown)
+    values = (
+        f"<b>{_number(scores[name], 2)}</b> {escape(measure(name).short or measure(name).label)}" for name in shown
+    )
     heard = f"<p>heard as “{escape(transcript)}”</p>" if transcript else ""
     return f'<p class="scores">{_join(values)}</p>{heard}'
 

@@ -44,14 +44,16 @@ from rlhf_mel.checkpoints import load_policy, save_policy
 from rlhf_mel.config import RLHFConfig, save_config
 from rlhf_mel.data import GroupSampler, PromptDataset, PromptOptions, load_dataset_prompts, load_prompts, mix_seed
 from rlhf_mel.ema import MovingAverage, warmed_up
-from rlhf_mel.evaluate import EvaluationResult, evaluate, verdict
+from rlhf_mel.evaluate import EvaluationResult, evaluate
 from rlhf_mel.export import push_to_hub, save_lora
 from rlhf_mel.policy import ReferencePolicy, add_lora
 from rlhf_mel.policy_gradient import Clip
+from rlhf_mel.progress import duration, remaining
 from rlhf_mel.recognizer import Recognizer, load_recognizer
 from rlhf_mel.report import write_report
 from rlhf_mel.rewards import Rewards, RewardSpec
 from rlhf_mel.types import Prompts
+from rlhf_mel.verdict import in_words, verdict
 from rlhf_mel.vocoders import Vocoder, load_vocoder
 
 SHOWN = ("reward", "dnsmos_ovrl", "cer", "voice_similarity")
@@ -178,6 +180,7 @@ class RLHFTrainer(Trainer):
         self._collected.clear()
         started = time.monotonic()
         before = self._listen("before")
+        floor = self._listen("another seed", seed=self.args.seed + 1) if self.args.noise_floor else None
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         after = self._listen("after")
         after_ema = self._listen_averaged("after")
@@ -185,7 +188,7 @@ class RLHFTrainer(Trainer):
             save_policy(self.policy, folder / "policy")
             if self.peft_config is not None:
                 save_lora(self.policy, folder / "adapter", base=self.args.policy)
-            self._write_results(folder, before, after, after_ema, seconds=time.monotonic() - started)
+            self._write_results(folder, before, after, after_ema, floor, seconds=time.monotonic() - started)
         self.accelerator.wait_for_everyone()
         return output
 
@@ -259,8 +262,9 @@ class RLHFTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _listen(self, when: str) -> EvaluationResult | None:
+    def _listen(self, when: str, seed: int | None = None) -> EvaluationResult | None:
         """Evaluate on the main process, the others wait; None there, and where there is no held-out prompt."""
+        started = time.monotonic()
         result = None
         if self.heldout and self.args.should_save:
             result = evaluate(
@@ -272,12 +276,14 @@ class RLHFTrainer(Trainer):
                 cfg_strength=self.args.cfg_strength,
                 sway_sampling_coef=self.args.sway_sampling_coef,
                 method=self.args.solver,
-                seed=self.args.seed,
+                seed=self.args.seed if seed is None else seed,
                 recognizer=self.recognizer,
                 batch_size=self.args.per_device_eval_batch_size,
+                shown_as=f"{when:>8}",
             )
             shown = {name: result.metrics[name] for name in SHOWN if name in result.metrics}
-            print(f"{when:>8}: {len(self.heldout)} held-out prompts  {_line(shown)}", flush=True)
+            took = duration(time.monotonic() - started)
+            print(f"{when:>8}: {len(self.heldout)} held-out prompts  {_line(shown)}  ({took})", flush=True)
         self.accelerator.wait_for_everyone()
         return result
 
@@ -294,6 +300,7 @@ class RLHFTrainer(Trainer):
         before: EvaluationResult | None,
         after: EvaluationResult | None,
         after_ema: EvaluationResult | None,
+        floor: EvaluationResult | None,
         seconds: float,
     ) -> None:
         summary: dict[str, Any] = {
@@ -304,7 +311,7 @@ class RLHFTrainer(Trainer):
             "device": _device_name(self.args.device),
             "before": before.metrics if before else {},
             "after": after.metrics if after else {},
-            "verdict": verdict(before, after) if before and after else {},
+            "verdict": verdict(before, after, floor) if before and after else {},
             "policy": str(folder / "policy"),
         }
         if self.average is not None:
@@ -315,6 +322,7 @@ class RLHFTrainer(Trainer):
         _write_json(folder / "summary.json", summary)
         if self.heldout and before and after:
             write_samples(folder / "samples", _all_prompts(self.heldout), before, after)
+            print("\n".join(f"          {line}" for line in in_words(summary["verdict"])), flush=True)
             print(f" verdict: {summary['verdict']['overall']}", flush=True)
         print(f"  report: {write_report(folder)}", flush=True)
 
@@ -454,9 +462,14 @@ class MetricsFile(TrainerCallback):
 
 
 class Console(ProgressCallback):
-    """A line a log step of what one watches, and on a terminal a progress bar."""
+    """A line a log step of what one watches and of the time that is left, and on a terminal a progress bar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._began = (0.0, 0)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._began = (time.monotonic(), state.global_step)
         if not args.disable_tqdm and sys.stderr.isatty():
             super().on_train_begin(args, state, control, **kwargs)
 
@@ -472,7 +485,9 @@ class Console(ProgressCallback):
         watched = ("reward", "anchor", "kl", "loss", "grad_norm", "step_time", "dropped_rollouts")
         shown = {name: logs[name] for name in logs if name in watched and (name != "dropped_rollouts" or logs[name])}
         write = print if self.training_bar is None else self.training_bar.write
-        write(f"{state.global_step:>8}/{state.max_steps}  {_line(shown)}")
+        started, first = self._began
+        left = remaining(started, state.global_step - first, state.max_steps - first)
+        write(f"{state.global_step:>8}/{state.max_steps}  {_line(shown)}  {left}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.training_bar is not None:

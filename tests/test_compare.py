@@ -53,7 +53,7 @@ def line(
 
 
 def lines() -> list[dict[str, Any]]:
-    worse = {"reward": [2.5, 3.5], "dnsmos_ovrl": [3.1, 3.3], "cer": [0.15, 0.21]}
+    worse = {"reward": [2.5, 3.5], "dnsmos_ovrl": [3.1, 3.3], "cer": [0.17, 0.171]}
     return comparison.from_base(
         [
             line("base", 0, 1.0),
@@ -73,26 +73,26 @@ def test_summary_by_hand() -> None:
     assert draft["reward_std"] == pytest.approx(0.4 / math.sqrt(2))
     # Mean curves: draft (0 s, 1.1), (2.5 s, 2.6), (5 s, 3.2); Flow-GRPO ends at 2.0 after 5 s: 2.5 s * 0.9 / 1.5.
     assert draft["seconds_to_rival"] == pytest.approx(1.5) and grpo["seconds_to_rival"] == pytest.approx(5.0)
-    assert draft["measures"]["cer"] == pytest.approx((0.18 + 0.1) / 2)
-    # The judge is to rise by 0.05: it does, by 0.1, in draft's first run alone; there the error rate rose by 0.08.
-    assert draft["fails"] == {"dnsmos_ovrl": 1, "cer": 1} and grpo["fails"] == {"dnsmos_ovrl": 2}
-    # Prompts, means over seeds: the error rate rose by 0.025 and 0.055: 0.04 ± 0.03; the judge rose.
-    assert draft["worse"] == pytest.approx({"cer": 0.04}) and grpo["worse"] == {}
+    assert draft["measures"]["cer"] == pytest.approx((0.1705 + 0.1) / 2)
+    # In draft's first run alone the error rate rose, by 0.0705 ± 0.0064 (t(1) = 12.7): beyond 0.01.
+    assert draft["fails"] == {"cer": 1} and grpo["fails"] == {}
+    # Prompts, means over seeds: the error rate rose by 0.035 and 0.0355: ± 0.003; the judge rose.
+    assert draft["worse"] == pytest.approx({"cer": 0.03525}) and grpo["worse"] == {}
     assert base["fails"] == base["worse"] == {}
 
 
 def test_worse_than_base_by_hand() -> None:
-    """Three prompts 0.1 apart have 2 * 0.1 / sqrt(3) = 0.115 for two standard errors."""
+    """Three prompts 0.1 apart have an interval of t(2) * 0.1 / sqrt(3) = 4.303 * 0.0577 = 0.248."""
     start = {0: 1.0, 1: 7.0}
     changes = {
         "reward": ([-1, -1, -1], [-1, -1, -1]),  # no judge
         "dnsmos_ovrl": ([0.1, 0.1, 0.1], [0.1, 0.1, 0.1]),  # better, and so is less silence
         "silence_ratio": ([-0.1, -0.1, -0.1], [-0.1, -0.1, -0.1]),
-        "wer": ([-0.1, 0.1, 0.3], [0.1, 0.1, 0.1]),  # prompts 0, 0.1, 0.2: 0.1 ± 0.115
-        "voice_similarity": ([0.0, -0.1, -0.2], [-0.1, -0.2, -0.3]),  # prompts -0.05, -0.15, -0.25: -0.15 ± 0.115
-        "cer": ([0.01, 0.02, 0.06], [0.01, 0.02, 0.06]),  # 0.03 ± 0.031; as six prompts it would be 0.03 ± 0.019
-        "level_dbfs": ([1.0, 1.1, 1.2], [1.0, 1.1, 1.2]),  # 1.1 ± 0.115
-        "f0_std_semitones": ([-0.4, math.nan, -0.6], [-0.4, -0.5, -0.6]),  # -0.5 ± 0.115
+        "wer": ([-0.1, 0.1, 0.3], [0.1, 0.1, 0.1]),  # prompts 0, 0.1, 0.2: 0.1 ± 0.248
+        "voice_similarity": ([-0.2, -0.3, -0.4], [-0.3, -0.4, -0.5]),  # -0.25, -0.35, -0.45: -0.35 ± 0.248
+        "cer": ([0.01, 0.02, 0.06], [0.01, 0.02, 0.06]),  # 0.03 ± 0.066; as six prompts it would be 0.03 ± 0.025
+        "level_dbfs": ([1.0, 1.1, 1.2], [1.0, 1.1, 1.2]),  # 1.1 ± 0.248
+        "f0_std_semitones": ([-0.4, math.nan, -0.6], [-0.4, -0.5, -0.6]),  # -0.5 ± 0.248
     }
 
     def worse(sign: float) -> dict[str, float]:
@@ -103,7 +103,7 @@ def test_worse_than_base_by_hand() -> None:
         bases = {seed: line("base", seed, 1.0, measures=dict.fromkeys(changes, [start[seed]] * 3)) for seed in start}
         return comparison.worse_than_base(runs, bases)
 
-    assert worse(1) == pytest.approx({"voice_similarity": -0.15, "level_dbfs": 1.1, "f0_std_semitones": -0.5})
+    assert worse(1) == pytest.approx({"voice_similarity": -0.35, "level_dbfs": 1.1, "f0_std_semitones": -0.5})
     assert worse(-1) == pytest.approx({"dnsmos_ovrl": -0.1, "level_dbfs": -1.1, "silence_ratio": 0.1})
     assert worse(0) == {}
 
@@ -123,7 +123,7 @@ def test_the_table() -> None:
         "method | updates | s an update | reward | s to flow_grpo's | DNSMOS | CER | worse than base | guards that fail"
     )
     assert table[0] == f"| {heads} |"
-    assert table[2] == "| `draft` | 20 | 0.250 | 3.200 ± 0.283 | 1.5 | 3.150 | 0.140 | CER +0.040 | cer 1/2 |"
+    assert table[2] == "| `draft` | 20 | 0.250 | 3.200 ± 0.283 | 1.5 | 3.150 | 0.135 | CER +0.035 | cer 1/2 |"
     assert table[3].endswith("| - | - |"), "DNSMOS did not rise, and is not worse"
     assert table[4] == "| `base` | - | - | 1.100 ± 0.141 | - | 3.100 | 0.100 | - | - |"
 

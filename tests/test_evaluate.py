@@ -1,4 +1,4 @@
-"""The judges on sounds whose measures are known, the evaluation's seeds, and the verdict's thresholds."""
+"""The judges on sounds whose measures are known, the evaluation's seeds, batches, rewards and voices."""
 
 from __future__ import annotations
 
@@ -15,20 +15,8 @@ from problems import tiny_policy, tiny_prompts
 from torch import Tensor
 
 from rlhf_mel.audio import MelSpec, log_mel, resample
-from rlhf_mel.evaluate import (
-    CONFIRMED,
-    NOT_CONVINCED,
-    NOT_IMPROVED,
-    EvaluationResult,
-    character_error_rates,
-    dnsmos,
-    evaluate,
-    item_generator,
-    reference_mels,
-    signal,
-    verdict,
-    voice_similarity,
-)
+from rlhf_mel.evaluate import EvaluationResult, evaluate, item_generator, voices_of
+from rlhf_mel.measures import character_error_rates, dnsmos, reference_mels, signal, voice_similarity
 from rlhf_mel.policy import rollout
 from rlhf_mel.rewards import Rewards
 from rlhf_mel.sound import sound
@@ -114,14 +102,21 @@ class TestSignal:
 
 
 class TestDnsmos:
-    def test_equals_the_package(self) -> None:
+    # 1 s: doubled to 16 s, of which the package hears 8 windows; 9.01 s: one window; 11.5 s: windows at 0, 1 and 2 s
+    @pytest.mark.parametrize("duration_s", [1.0, 4.6, 9.01, 11.5])
+    def test_equals_the_package(self, duration_s: float) -> None:
         from speechmos import dnsmos as package
 
-        clip = (tone(200, 1.0) + noise(1.0, 0.01))[:16_000]
+        generator = torch.Generator().manual_seed(0)
+        seconds = torch.arange(int(duration_s * 16_000)) / 16_000
+        clip = 0.5 * torch.sin(400 * math.pi * seconds) * seconds.sin() + 0.01 * torch.randn(
+            len(seconds), generator=generator
+        )
         expected = package.run(clip.numpy(), 16_000)
         measured = dnsmos(as_audio(clip, rate_hz=16_000))
+        # float32 of a network whose scores are near 3: another order of its sums moves them by some 1e-6
         for name in ("ovrl", "sig", "bak"):
-            assert measured[f"dnsmos_{name}"].item() == pytest.approx(expected[f"{name}_mos"], abs=1e-5)
+            assert measured[f"dnsmos_{name}"].item() == pytest.approx(expected[f"{name}_mos"], abs=1e-4)
 
     def test_clamps_what_the_package_refuses(self) -> None:
         loud = 1.5 * noise(1.0, 0.5)[:16_000]
@@ -311,64 +306,10 @@ class TestSound:
         assert mel.grad[0, :, 0].tolist() == [0, 8, 8, 8, 8]
 
 
-def result(**measures: Any) -> EvaluationResult:
-    base: dict[str, list[float]] = {
-        "reward": [3.0, 3.2],
-        "dnsmos_ovrl": [3.0, 3.0],
-        "cer": [0.1, 0.2],
-        "voice_similarity": [0.8, 0.9],
-        "level_dbfs": [-20.0, -22.0],
-        "silence_ratio": [0.1, 0.2],
-        "duration_s": [2.0, 1.0],
-        "f0_std_semitones": [3.0, 2.0],
-    }
-    measures = {name: values for name, values in {**base, **measures}.items() if values is not None}
-    return EvaluationResult(measures, [], RATE_HZ, [])
-
-
-UP = {"reward": [3.5, 3.5], "dnsmos_ovrl": [3.1, 3.0]}
-"""Means rise by 0.4 and exactly 0.05."""
-
-
-class TestVerdict:
-    def test_confirmed(self) -> None:
-        said = verdict(result(), result(**UP))
-        assert said["overall"] == CONFIRMED
-        assert {guard["status"] for guard in said["guards"].values()} == {"ok"}
-        assert said["reward"]["before"] == pytest.approx(3.1) and said["reward"]["change"] == pytest.approx(0.4)
-        # Paired differences 0.5 and 0.3: deviation 0.1414, over sqrt(2).
-        assert said["reward"]["standard_error"] == pytest.approx(0.1)
-        json.dumps(said)
-
-    @pytest.mark.parametrize(
-        ("name", "within", "beyond"),
-        [
-            ("dnsmos_ovrl", [3.1, 3.0], [3.09, 3.0]),  # +0.05, +0.045
-            ("cer", [0.12, 0.2], [0.13, 0.2]),  # +0.01, +0.015
-            ("voice_similarity", [0.76, 0.9], [0.75, 0.9]),  # -0.02, -0.025
-            ("level_dbfs", [-17.0, -22.0], [-16.9, -22.0]),  # +1.5, +1.55
-            ("level_dbfs", [-23.0, -22.0], [-23.1, -22.0]),  # -1.5, -1.55
-            ("silence_ratio", [0.0, 0.4], [0.0, 0.41]),  # the worst clip: +0.2, +0.21; the mean fell
-            ("duration_s", [3.0, 0.8], [3.0, 0.79]),  # the worst clip: -20 %, -21 %; the mean rose
-            ("f0_std_semitones", [2.0, 2.0], [1.9, 2.0]),  # the mean: -20 %, -22 %
-            ("f0_std_semitones", [math.nan, 2.1], [math.nan, 1.9]),  # of what has a pitch: -16 %, -24 %
-        ],
-    )
-    def test_each_limit_from_both_sides(self, name: str, within: list[float], beyond: list[float]) -> None:
-        for values, status, overall in ((within, "ok", CONFIRMED), (beyond, "worse", NOT_CONVINCED)):
-            said = verdict(result(), result(**{**UP, name: values}))
-            assert (said["guards"][name]["status"], said["overall"]) == (status, overall)
-
-    def test_reward_not_improved_whatever_the_judge_says(self) -> None:
-        assert verdict(result(), result(**{**UP, "reward": [3.0, 3.2]}))["overall"] == NOT_IMPROVED
-        assert verdict(result(), result(**{**UP, "reward": [math.nan] * 2}))["overall"] == NOT_IMPROVED
-
-    def test_not_measured_is_said_and_the_judge_must_be(self) -> None:
-        said = verdict(result(cer=None), result(**UP, cer=None))
-        assert said["guards"]["cer"]["status"] == "not measured" and said["overall"] == CONFIRMED
-        without = verdict(result(dnsmos_ovrl=None), result(**{**UP, "dnsmos_ovrl": None}))
-        assert without["overall"] == NOT_CONVINCED
-
-    def test_nan_is_not_ok(self) -> None:
-        said = verdict(result(), result(**UP, voice_similarity=[math.nan, 0.9]))
-        assert said["guards"]["voice_similarity"]["status"] == "worse" and said["overall"] == NOT_CONVINCED
+def test_voices_are_those_of_the_column_or_of_the_clips() -> None:
+    clips = torch.tensor([[1.0, 2.0, 0.0], [1.0, 2.0, 9.0], [3.0, 4.0, 0.0]])
+    prompts = Prompts(["a", "b", "c"], clips, torch.tensor([2, 2, 2]), ["", "", ""])
+    first, second, third = voices_of(prompts)
+    assert first == second != third  # padding is no part of a clip
+    named = replace(prompts, columns={"voice": ["joe", None, "joe"]})
+    assert voices_of(named) == ["joe", second, "joe"]

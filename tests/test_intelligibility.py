@@ -66,7 +66,7 @@ def test_a_sentence_scores_as_torch_counts(reward: Intelligibility) -> None:
 
 def test_a_voice_is_understood_by_its_own_words_only() -> None:
     # A reference clip of the bundled prompts, which the recognizer transcribes nearly without error.
-    from rlhf_mel.evaluate import reference_mels
+    from rlhf_mel.measures import reference_mels
 
     rewards, prompts = Rewards(["intelligibility"]), load_prompts("tiny", split="heldout")
     batch = prompts.collate([prompts[0]])

@@ -23,12 +23,24 @@ from rlhf_mel.report import MAX_BYTES, write_report
 RATE_HZ = 24_000
 VERDICT = {
     "overall": "reward up, judge not convinced",
-    "reward": {"before": 3.25, "after": 4.5, "change": 1.25, "standard_error": 0.1, "status": "ok"},
+    "reward": {"change": 1.25, "low": 1.05, "high": 1.45, "status": "ok", "prompts": 50, "clusters": 3},
+    "judge": {
+        "measure": "dnsmos_ovrl",
+        "change": 0.1,
+        "low": 0.066,
+        "high": 0.134,
+        "limit": "above 0; effect asked for: 0.05",
+        "status": "ok",
+    },
     "guards": {
-        "dnsmos_ovrl": {"change": 0.1, "standard_error": 0.017, "limit": "rise of at least 0.05", "status": "ok"},
-        "cer": {"change": 0.05, "standard_error": 0.01, "limit": "rise of at most 0.01", "status": "worse"},
-        "duration_s": {"change": -0.19, "limit": "no clip down by more than 20 %", "status": "ok"},
+        "cer": {"change": 0.05, "low": 0.03, "high": 0.07, "limit": "rise of at most 0.01", "status": "worse"},
+        "duration_s": {"change": -0.125, "low": -0.2, "high": -0.05, "limit": "within ±10 %", "status": "undecided"},
         "voice_similarity": {"limit": "drop of at most 0.02", "status": "not measured"},
+    },
+    "noise_floor": {
+        "reward": {"change": 0.02, "low": -0.1, "high": 0.14},
+        "dnsmos_ovrl": {"change": -0.004, "low": -0.03, "high": 0.022},
+        "duration_s": {"change": 0.01, "low": -0.01, "high": 0.03},
     },
 }
 
@@ -130,14 +142,19 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_the_table_says_what_the_summary_says(html: str) -> None:
     rows = {row[0]: row[1:] for row in Page(html).rows}
-    assert rows["mos"] == ["3.250", "4.500", "+1.250", "", ""]
-    assert rows["DNSMOS overall"] == ["2.750", "2.850", "+0.100 ± 0.017", "rise of at least 0.05", "ok"]
-    assert rows["Character error rate"] == ["0.100", "0.150", "+0.050 ± 0.010", "rise of at most 0.01", "worse"]
-    # The mean fell by 0.25 s, the worst clip by 19 %.
-    assert rows["Seconds of speech"][2:] == ["−0.25", "no clip down by more than 20 % (worst −19%)", "ok"]
-    assert rows["Voice similarity to the reference"] == ["", "", "", "drop of at most 0.02", "not measured"]
+    # before, after, change, its interval, what another seed does, limit, status
+    assert rows["mos"] == ["3.250", "4.500", "+1.250", "+1.050 to +1.450", "+0.020", "", "ok"]
+    judge = ["2.750", "2.850", "+0.100", "+0.066 to +0.134", "−0.004", "above 0; effect asked for: 0.05", "ok"]
+    assert rows["DNSMOS overall"] == judge
+    errors = ["0.100", "0.150", "+0.050", "+0.030 to +0.070", "–", "rise of at most 0.01", "worse"]
+    assert rows["Character error rate"] == errors
+    # From 2.00 to 1.75 s: a share of the mean, as the limit is.
+    seconds = ["2.00", "1.75", "−12.5 %", "−20.0 % to −5.0 %", "+1.0 %", "within ±10 %", "undecided"]
+    assert rows["Seconds of speech"] == seconds
+    assert rows["Voice similarity to the reference"] == [*[""] * 5, "drop of at most 0.02", "not measured"]
     assert rows["Pitch variation, semitones"][:3] == ["–", "–", "–"]
     assert rows["my_judge"][0] == "7.000"
+    assert "Paired over 50 prompts in 3 voices, by which the intervals are clustered." in html
 
 
 def test_the_trained_reward_stands_apart(html: str) -> None:
@@ -150,25 +167,35 @@ def test_the_trained_reward_stands_apart(html: str) -> None:
 def test_the_headline(html: str) -> None:
     assert "Reward up, judge not convinced</h1>" in html
     assert {"3.25 → 4.50", "2.75 → 2.85"} <= set(Page(html).bold)
-    assert "Limit not met: Character error rate." in html
+    assert "+1.05 to +1.45" in html and "+0.07 to +0.13" in html
+    assert "Limit not met: Character error rate." in html and "Undecided: Seconds of speech." in html
+
+
+def test_too_few_prompts_is_said_with_how_many_would_do(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["verdict"] |= {
+        "overall": "reward up, too few prompts to tell",
+        "prompts_needed": 400,
+        "clusters_needed": 24,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    html = write_report(folder).read_text()
+    assert "About 400 prompts in 24 voices would tell (here: 50 in 3)." in html and "That is no confirmation." in html
 
 
 def test_colour_says_only_what_is_not_noise(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
 
-    def tone_of_the_judge(standard_error: float, status: str = "ok") -> str:
-        summary["verdict"]["guards"]["dnsmos_ovrl"] |= {"standard_error": standard_error, "status": status}
+    def tone_of_the_judge(status: str) -> str:
+        summary["verdict"]["judge"] |= {"status": status}
         (folder / "summary.json").write_text(json.dumps(summary))
         html = write_report(folder).read_text()
         return re.search(r'DNSMOS overall</td><td>2.750</td><td>2.850</td><td class="(\w*)">', html)[1]  # type: ignore[index]
 
-    # The judge rose by 0.1: green above twice its standard error.
-    assert [tone_of_the_judge(0.049), tone_of_the_judge(0.051), tone_of_the_judge(0.049, "worse")] == [
-        "good",
-        "",
-        "bad",
-    ]
+    # The judge rose by 0.1 each time.
+    assert [tone_of_the_judge(status) for status in ("ok", "undecided", "no rise")] == ["good", "", "bad"]
 
 
 def test_nothing_is_fetched(html: str) -> None:
