@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; Triton reads it as it is imported
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--threads", type=int, default=1, help="threads of PyTorch; results may not depend on them")
     parser.addoption(
         "--typecheck",
         action="store_true",
@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(config.getoption("--threads"))
     # As early as possible: a module that is imported before the hook is not checked.
     if config.getoption("--typecheck"):
         from jaxtyping import install_import_hook

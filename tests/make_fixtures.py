@@ -7,6 +7,7 @@ wandb, gradio) are bypassed. Run it again only when a case in tests/problems.py 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.machinery
@@ -28,6 +29,7 @@ from problems import (
     E2,
     EVERYTHING,
     GRADIENT_CASES,
+    IN_FLOAT64,
     MEL,
     PINYIN_TEXTS,
     SAMPLE_CASES,
@@ -104,12 +106,20 @@ class Upstream:
         return self.classes["CFM"](self.backbone(name, flags), **options)
 
 
+def in_float64() -> Any:
+    """Noise as a model in float32 draws it."""
+    randn = torch.randn
+    return mock.patch("torch.randn", lambda *size, dtype, **options: randn(*size, **options).to(dtype))
+
+
 def record_dit(upstream: Upstream, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     recorded = {}
     for name, (flags, call) in DIT_CASES.items():
         recorded[f"dit/{name}"] = call_dit(upstream.backbone("DiT", flags).eval(), inputs, **call)
     for name, (flags, options, call) in SAMPLE_CASES.items():
-        out, trajectory = call_sample(upstream.cfm("DiT", flags, options), inputs, **call)
+        with in_float64() if name in IN_FLOAT64 else contextlib.nullcontext():
+            cfm = upstream.cfm("DiT", flags, options)
+            out, trajectory = call_sample(cfm.double() if name in IN_FLOAT64 else cfm, inputs, **call)
         recorded[f"sample/{name}/out"] = out
         recorded[f"sample/{name}/state 3"] = trajectory[3]
         recorded[f"sample/{name}/last"] = trajectory[-1]
@@ -139,11 +149,10 @@ def record_backbones(upstream: Upstream, inputs: Mapping[str, Tensor]) -> dict[s
 def record_gradients(upstream: Upstream, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """f5-tts's sample() with its @torch.no_grad() taken off, in float64, from the noise it draws in float32."""
     recorded = {}
-    randn = torch.randn
     for name, (backbone, flags, call) in GRADIENT_CASES.items():
         cfm = upstream.cfm(backbone, flags).double()
         cfm.sample = functools.partial(type(cfm).sample.__wrapped__, cfm)
-        with mock.patch("torch.randn", lambda *size, dtype, **options: randn(*size, **options).to(dtype)):
+        with in_float64():
             out, _ = call_sample(cfm, inputs, **{"steps": 3, **call})
         ramp_loss(out).backward()
         recorded |= {f"gradient/{name}/{part}": value for part, value in gradient_summary(cfm).items()}

@@ -35,6 +35,8 @@ from rlhf_mel.models.unett import UNetT
 from rlhf_mel.policy import add_lora, lora_layers, rollout
 from rlhf_mel.text import load_tokenizer
 
+pytestmark = pytest.mark.rounding
+
 FIXTURES = Path(__file__).parent / "fixtures"
 RECORDED = load_file(FIXTURES / "f5_tts_backbones.safetensors")
 GRADIENTS = load_file(FIXTURES / "f5_tts_gradients.safetensors")

@@ -14,6 +14,8 @@ from rlhf_mel.models._common import upsample_evenly
 from rlhf_mel.models.dit import DiT
 from rlhf_mel.nn import apply_rope, rotary_table
 
+pytestmark = pytest.mark.rounding
+
 FIXTURES = Path(__file__).parent / "fixtures"
 RECORDED = load_file(FIXTURES / "f5_tts.safetensors")
 WEIGHTS = load_file(FIXTURES / "f5_tts_weights.safetensors")

@@ -18,7 +18,9 @@ from rlhf_mel.cfm import CFM, _velocity_by
 from rlhf_mel.ema import MovingAverage
 from rlhf_mel.gradients import PATIENCE, StandIn, Sums
 from rlhf_mel.policy import add_lora, lora_disabled, lora_layers
-from rlhf_mel.solvers import Weights, differentiate
+from rlhf_mel.solvers import Autocast, Weights, differentiate
+
+pytestmark = pytest.mark.rounding
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = {
@@ -123,6 +125,13 @@ def test_gradient_is_the_plain_one() -> None:
             assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-9
 
 
+def as_float32(leaf: Any) -> Any:
+    """The leaf of a gradient in float32, if it is one in half precision."""
+    if not isinstance(leaf, Tensor) or leaf.dtype != torch.bfloat16:
+        return leaf
+    return leaf.detach().float().requires_grad_(leaf.requires_grad)
+
+
 @pytest.mark.parametrize("backbone", ["DiT", "UNetT", "MMDiT"])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("lora", [False, True])
@@ -130,7 +139,13 @@ def test_gradient_is_the_plain_one() -> None:
 def test_stand_in_sums_the_gradients_of_autograd(
     backbone: str, autocast: bool, lora: bool, durations: list[int]
 ) -> None:
-    """What a graph is captured of; on a CPU it can run as it is."""
+    """What a graph is captured of; on a CPU it can run as it is.
+
+    In float32 both sum the same few thousand products in another order: 1e-5. In bfloat16 each rounds some ten thousand
+    numbers on its own, so they are as far apart as each is from float32, which is more where terms cancel (the bias of
+    keys moves all scores of a query alike, its gradient is what rounding leaves): ours may be four times as far as
+    autocast's, which no sum over a hundred independent roundings is by chance, and 1 % besides for those of fewer.
+    """
     _, fast = fast_cfm(backbone)
     if lora:
         add_lora(fast)
@@ -147,13 +162,18 @@ def test_stand_in_sums_the_gradients_of_autograd(
         found = [stand_in.differentiate(own, leaves, cotangent), stand_in.differentiate(own, leaves, cotangent)]
         alone = Weights(weights.parameters)
         of_leaves, of_weights = differentiate(run, leaves, alone, cotangent), alone.take()
-        error = 4e-2 if autocast else 1e-5
-        for ours, theirs in zip([*found[0], *found[1]], 2 * of_leaves, strict=True):
-            assert (ours - theirs).norm() <= error * theirs.norm()
+        exact = Weights(weights.parameters)
+        in_float32 = replace(run, autocast=Autocast("cpu", None))
+        of_exact = [*differentiate(in_float32, [as_float32(leaf) for leaf in leaves], exact, cotangent), *exact.take()]
+        pairs = [*zip(found[0], of_leaves, strict=True), *zip(found[1], of_leaves, strict=True)]
         for weight, gradient in zip(weights.parameters, of_weights, strict=True):
             assert (id(weight) in stand_in.touched) == (gradient is not None)
-            if gradient is not None:
-                assert (sums.by_id[id(weight)] - 2 * gradient).norm() <= 2 * error * gradient.norm() + 1e-9
+            pairs.append((None if gradient is None else sums.by_id[id(weight)] / 2, gradient))
+        for (ours, theirs), true in zip(pairs, [*of_exact[: len(of_leaves)], *of_exact], strict=True):
+            if theirs is not None and autocast:
+                assert (ours - true).norm() <= 4 * (theirs - true).norm() + 1e-2 * true.norm()
+            elif theirs is not None:
+                assert (ours - theirs).norm() <= 1e-5 * theirs.norm() + 1e-9
         counts.append(len(stand_in.touched))
         weights.add(of_weights)
         return of_leaves

@@ -23,6 +23,8 @@ from rlhf_mel.audio import MelSpec, log_mel
 from rlhf_mel.vocoders import Vocoder, bigvgan, load_vocoder
 from rlhf_mel.vocoders.hifigan import HifiGanVocoder
 
+pytestmark = pytest.mark.rounding
+
 SMALL = dict(
     upsample_rates=[4, 2],
     upsample_kernel_sizes=[8, 4],

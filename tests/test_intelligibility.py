@@ -17,6 +17,8 @@ from rlhf_mel.recognizer import ALPHABET
 from rlhf_mel.rewards import Rewards
 from rlhf_mel.types import Audio, Prompts
 
+pytestmark = pytest.mark.rounding
+
 
 def as_audio(mels: list[Tensor]) -> Audio:
     """Mels as sounds; the waveform is not listened to."""

@@ -20,6 +20,8 @@ from rlhf_mel.kernels import (
 )
 from rlhf_mel.nn import Rope, apply_rope, rotary_table
 
+pytestmark = pytest.mark.rounding
+
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]  # the interpreter lacks bfloat16

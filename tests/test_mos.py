@@ -17,6 +17,8 @@ from reward_models.mos import Mos, compressed_stft, segment_starts
 from rlhf_mel.audio import load_audio
 from rlhf_mel.types import Audio, Prompts
 
+pytestmark = pytest.mark.rounding
+
 RATE_HZ = 16_000
 
 

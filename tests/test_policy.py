@@ -19,6 +19,8 @@ from rlhf_mel.solvers import timesteps
 from rlhf_mel.text import CharTokenizer
 from rlhf_mel.types import Prompts, Rollout
 
+pytestmark = pytest.mark.rounding
+
 REFERENCE_FRAMES = [13, 9, 13]
 
 

@@ -31,6 +31,8 @@ from rlhf_mel.recognizer import (
     save_recognizer,
 )
 
+pytestmark = pytest.mark.rounding
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 SPEC = MelSpec(n_mels=5)
 LENGTHS = torch.tensor([30, 17, 8])
@@ -169,8 +171,9 @@ def test_float32_item_in_a_batch_equals_the_item_alone_at_the_real_size() -> Non
     mel = torch.randn(2, 120, 100) * 2 - 5
     log_probs, voices, _ = recognizer.listen(mel, torch.tensor([120, 71]))
     alone, voice, _ = recognizer.listen(mel[1:, :71], torch.tensor([71]))
-    torch.testing.assert_close(log_probs[1, :36], alone[0], atol=5e-6, rtol=0)
-    torch.testing.assert_close(voices[1], voice[0], atol=1e-6, rtol=0)
+    # float32: 6e-8 of log probabilities near 4, through all layers
+    torch.testing.assert_close(log_probs[1, :36], alone[0], atol=2e-5, rtol=0)
+    torch.testing.assert_close(voices[1], voice[0], atol=1e-5, rtol=0)
 
 
 def test_letters_come_from_what_is_near() -> None:

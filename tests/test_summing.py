@@ -11,6 +11,8 @@ from torch import Tensor
 from rlhf_mel import summing
 from rlhf_mel.nn import rotary_table
 
+pytestmark = pytest.mark.rounding
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

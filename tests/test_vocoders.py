@@ -22,6 +22,8 @@ from rlhf_mel.vocoders import ASSETS, Vocoder, load_vocoder
 from rlhf_mel.vocoders.griffin_lim import GriffinLim
 from rlhf_mel.vocoders.vocos import VocosVocoder, save
 
+pytestmark = pytest.mark.rounding
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = MelSpec(sample_rate_hz=8000, n_fft=16, hop_length=4, win_length=16, n_mels=3)
 LENGTHS = torch.tensor([12, 7, 1, 2])
@@ -73,7 +75,8 @@ def test_float32_item_in_a_batch_equals_the_item_alone_at_the_real_size() -> Non
     mel = torch.randn(2, 60, 100) * 2 - 5
     waveform = vocoder(mel, torch.tensor([60, 41]))
     assert waveform.std() > 0.05
-    torch.testing.assert_close(waveform[1, : 40 * 256], vocoder(mel[1:, :41])[0], atol=1e-6, rtol=0)
+    # float32: 6e-8 of samples up to 1, through eight blocks and sums of 1,024 terms; a padded frame moves them by 1e-2
+    torch.testing.assert_close(waveform[1, : 40 * 256], vocoder(mel[1:, :41])[0], atol=1e-5, rtol=0)
 
 
 def test_gradient_equals_finite_differences() -> None:
@@ -227,10 +230,10 @@ def chirp(samples: int = 23_808) -> Tensor:
 def test_griffin_lim_gives_back_the_mel_as_well_as_librosa() -> None:
     # Over the loud part of the mel. librosa solves for non-negative magnitudes and starts from random phases.
     mel = log_mel(chirp())
-    inverted = librosa.feature.inverse.mel_to_audio(
-        mel[0].exp().T.numpy(), sr=24_000, n_fft=1024, hop_length=256, power=1, n_iter=32, length=23_808,
-        htk=True, norm=None,
-    )  # fmt: skip
+    magnitudes = librosa.feature.inverse.mel_to_stft(
+        mel[0].exp().T.numpy(), sr=24_000, n_fft=1024, power=1, htk=True, norm=None
+    )
+    inverted = librosa.griffinlim(magnitudes, n_iter=32, hop_length=256, n_fft=1024, length=23_808, random_state=0)
 
     def distance(waveform: Tensor) -> float:
         return (log_mel(waveform) - mel)[mel > mel.amax() - 5].abs().mean().item()
