@@ -99,6 +99,8 @@ class CFM(nn.Module):
         self.mel_spec = spec
         own_channels = spec.n_mels if isinstance(spec, MelSpec) else spec.n_mel_channels
         self.num_channels: int = num_channels or own_channels
+        self.voices: tuple[str, ...] = ()
+        """All voices that the policy can speak in, by the names in prompts; empty: it clones any."""
         self.fast: FastVelocity | None = None
         """What computes velocities without gradients in eval mode; see `speed_up`."""
 

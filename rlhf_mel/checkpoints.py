@@ -2,7 +2,8 @@
 
 A folder says what its weights are:
 
-    policy.json          {"backbone": "DiT", "arch": {..}, "mel_spec": {..}, "tokenizer": "char", "vocab": "vocab.txt"}
+    policy.json          {"backbone": "DiT", "arch": {..}, "mel_spec": {..}, "tokenizer": "char", "vocab": "vocab.txt"},
+                         and "voices": ["joe", ..] where it speaks in these alone
     policy.safetensors   weights under F5-TTS's names, `transformer.*`
     vocab.txt            a token a line, id = line number
 
@@ -191,6 +192,7 @@ def _build(config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: st
     policy = CFM(backbone, mel_spec_module=mel_spec, vocab_char_map=vocab, tokenizer=tokenizer)
     _check_vocab(len(vocab), state, source=source, vocab=config["vocab"])
     load_weights(policy, state, source=source)
+    policy.voices = tuple(config.get("voices", ()))
     return policy
 
 
@@ -231,6 +233,7 @@ def describe(policy: CFM) -> dict[str, Any]:
         "arch": policy.transformer.arch,
         "mel_spec": asdict(policy.mel_spec),
         "tokenizer": policy.tokenizer.name if policy.tokenizer else None,
+        **({"voices": list(policy.voices)} if policy.voices else {}),
     }
 
 

@@ -63,7 +63,9 @@ class EvaluationResult:
     transcripts: Sequence[str]
     """What the recognizer heard; empty without one."""
     voices: Sequence[str] = ()
-    """In whose voice each prompt was spoken (`voices_of`); empty: not known, every prompt counts for itself."""
+    """In whose voice each prompt was spoken (`voices_of`); empty: not known."""
+    closed: bool = False
+    """Whether these are all voices that the policy speaks in, and not some of many."""
 
     @property
     def items(self) -> list[dict[str, float]]:
@@ -137,7 +139,9 @@ def evaluate(
         for name, values in measured.items():
             measures.setdefault(name, []).extend(torch.as_tensor(values).double().tolist())
         waveforms += clips(audio)
-    return EvaluationResult(measures, waveforms, vocoder.sample_rate_hz, transcripts, voices_of(prompts))
+    voices = voices_of(prompts)
+    closed = set(getattr(policy, "voices", ())) == set(voices)
+    return EvaluationResult(measures, waveforms, vocoder.sample_rate_hz, transcripts, voices, closed)
 
 
 def voices_of(prompts: Prompts) -> list[str]:

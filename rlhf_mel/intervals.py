@@ -1,4 +1,4 @@
-"""How sure one can be of a mean change over prompts: paired 95 % intervals, clustered by reference voice.
+"""How sure one can be of a mean change over prompts: paired 95 % intervals, clustered where prompts share a voice.
 
 Two evaluations of the same prompts give one difference d_i a prompt. Prompts that share a voice move together (here
 DNSMOS falls by 0.1 in one voice and rises by 0.15 in another, in the same run), so voices, not prompts, are what was

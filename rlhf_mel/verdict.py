@@ -1,6 +1,10 @@
 """What two evaluations of the same prompts prove: the reward's rise, whether a judge hears it, and what it cost.
 
-Every change is a paired mean over prompts with a 95 % interval, clustered by reference voice (intervals.py).
+Every change is a paired mean over prompts with a 95 % interval (intervals.py). Where the reference voices are some of
+the many that a policy can clone, intervals are clustered by voice, and speak of voices like these. A policy that speaks
+in a few voices only, and was heard in all of them, has no others to speak of: there prompts are what was drawn (Abadie,
+Athey, Imbens & Wooldridge 2023, "When should you adjust standard errors for clustering?"). Then every voice is reported
+by itself, and a judge who hears a fall in one of them, its interval below 0, does not confirm.
 
 | status    | reward                    | judge (DNSMOS)                      | guard, that allows a range of changes |
 |-----------|---------------------------|-------------------------------------|---------------------------------------|
@@ -19,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -79,14 +83,18 @@ class Finding:
     before: float = math.nan
     after: float = math.nan
     interval: Interval | None = None
+    by_voice: Mapping[str, Interval] = field(default_factory=dict)
+    """Where the voices are all there are."""
     margin: float = math.nan
     """How narrow an interval is asked for: +- the effect of the judge, +- what a guard allows."""
 
     @property
     def as_dict(self) -> dict[str, Any]:
-        found = {"status": self.status} | ({"limit": self.limit} if self.limit else {})
+        found: dict[str, Any] = {"status": self.status} | ({"limit": self.limit} if self.limit else {})
         if self.interval is None:
             return found
+        voices = {voice: asdict(interval) for voice, interval in self.by_voice.items()}
+        found |= {"by_voice": voices} if voices else {}
         return {"before": self.before, "after": self.after, **asdict(self.interval), **found}
 
 
@@ -94,7 +102,7 @@ def _reward(before: EvaluationResult, after: EvaluationResult) -> Finding:
     """Undecided only where there is no interval at all: a reward has no effect that is asked for."""
     means, interval = _compared("reward", before, after)
     status = OK if interval.low > 0 else UNDECIDED if interval.prompts == 1 else NO_RISE
-    return Finding(status, "", *means, interval)
+    return Finding(status, "", *means, interval, _by_voice("reward", before, after))
 
 
 def _judged(before: EvaluationResult, after: EvaluationResult) -> Finding:
@@ -104,9 +112,10 @@ def _judged(before: EvaluationResult, after: EvaluationResult) -> Finding:
         return Finding(NOT_MEASURED, limit)
     means, interval = _compared(JUDGE, before, after)
     status = OK if interval.low > 0 else NO_RISE if interval.high < effect else UNDECIDED
-    if _lost(JUDGE, before, after):
+    by_voice = _by_voice(JUDGE, before, after)
+    if _lost(JUDGE, before, after) or any(voice.high < 0 for voice in by_voice.values()):
         status = NO_RISE
-    return Finding(status, limit, *means, interval, effect)
+    return Finding(status, limit, *means, interval, by_voice, effect)
 
 
 def _guarded(name: str, guard: Guard, before: EvaluationResult, after: EvaluationResult) -> Finding:
@@ -120,7 +129,7 @@ def _guarded(name: str, guard: Guard, before: EvaluationResult, after: Evaluatio
         status = WORSE
     if not guard.may_be_missing and _lost(name, before, after):
         status = WORSE
-    return Finding(status, guard.limit, *means, interval, min(-guard.low, guard.high))
+    return Finding(status, guard.limit, *means, interval, margin=min(-guard.low, guard.high))
 
 
 def _measured(name: str, before: EvaluationResult, after: EvaluationResult) -> bool:
@@ -145,8 +154,17 @@ def _compared(
     kept = np.isfinite(pairs).all(0)
     means = pairs[:, kept].mean(1) if kept.any() else np.full(2, math.nan)
     scale = (abs(float(means[0])) if relative else 0.0) or 1.0
-    interval = mean_interval(np.where(kept, (pairs[1] - pairs[0]) / scale, math.nan), before.voices)
+    clusters = () if before.closed else before.voices
+    interval = mean_interval(np.where(kept, (pairs[1] - pairs[0]) / scale, math.nan), clusters)
     return (float(means[0]), float(means[1])), interval
+
+
+def _by_voice(name: str, before: EvaluationResult, after: EvaluationResult) -> dict[str, Interval]:
+    """The change in each of a policy's few voices; empty where they are some of many, or one."""
+    voices = sorted(set(before.voices)) if before.closed else []
+    changes = np.subtract(after.measures[name], before.measures[name])
+    chosen = {voice: np.array(before.voices) == voice for voice in voices}
+    return {voice: mean_interval(changes[rows]) for voice, rows in chosen.items()} if len(voices) > 1 else {}
 
 
 def _enough(findings: list[Finding]) -> dict[str, int | None]:
@@ -187,7 +205,13 @@ def in_words(said: Mapping[str, Any]) -> list[str]:
 def _sentence(name: str, entry: Mapping[str, Any], floors: Mapping[str, Mapping[str, float]]) -> str:
     by_chance = f", by another seed {floors[name]['change']:+.3g}" if name in floors else ""
     interval = f"[{entry['low']:+.3g}, {entry['high']:+.3g}]"
-    return f"{name} {entry['change']:+.3g} {interval}{by_chance}: {entry['status']}"
+    return f"{name} {entry['change']:+.3g} {interval}{by_chance}: {entry['status']}{voices_in_words(entry)}"
+
+
+def voices_in_words(entry: Mapping[str, Any]) -> str:
+    """The change in each voice, where they are told apart: " (joe +0.1, slt -0.2)"."""
+    voices = [f"{voice} {interval['change']:+.2g}" for voice, interval in entry.get("by_voice", {}).items()]
+    return f" ({', '.join(voices)})" if voices else ""
 
 
 def enough_in_words(said: Mapping[str, Any]) -> str:

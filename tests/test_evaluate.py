@@ -313,3 +313,11 @@ def test_voices_are_those_of_the_column_or_of_the_clips() -> None:
     assert first == second != third  # padding is no part of a clip
     named = replace(prompts, columns={"voice": ["joe", None, "joe"]})
     assert voices_of(named) == ["joe", second, "joe"]
+
+
+def test_a_policy_of_few_voices_was_heard_in_all_of_them_or_not() -> None:
+    policy, prompts = tiny_policy(), tiny_prompts()
+    named = replace(prompts, columns={**prompts.columns, "voice": ["a", "b", "a"]})
+    assert not listen(named, policy=policy).closed
+    policy.voices = ("a", "b")
+    assert listen(named, policy=policy).closed and not listen(named.select([0]), policy=policy).closed

@@ -24,11 +24,11 @@ T3 = 3.182446
 """Student's t(3) at 97.5 %: four prompts."""
 
 
-def result(voices: str = "", **measures: Any) -> EvaluationResult:
+def result(voices: str = "", closed: bool = False, **measures: Any) -> EvaluationResult:
     """Four prompts; measures that are not given are steady."""
     base = {name: [value] * 4 for name, value in STEADY.items()} | {"reward": [3.0] * 4, "dnsmos_ovrl": [3.0] * 4}
     measures = {name: values for name, values in {**base, **measures}.items() if values is not None}
-    return EvaluationResult(measures, [], 24_000, [], list(voices))
+    return EvaluationResult(measures, [], 24_000, [], list(voices), closed)
 
 
 def spread(centre: float, deviation: float) -> list[float]:
@@ -118,6 +118,30 @@ def test_voices_that_disagree_are_no_confirmation() -> None:
     assert (said["overall"], said["judge"]["clusters"]) == (TOO_FEW, 2)
     assert said["judge"]["high"] == pytest.approx(0.4 + 12.7062 * 0.2)  # t(1), and the error of two means 0.4 apart
     assert "voices would tell" in in_words(said)[-1]
+
+
+def test_voices_that_are_all_there_are_are_told_apart() -> None:
+    up = {"reward": [3.4, 3.5, 3.6, 3.7], "dnsmos_ovrl": [3.18, 3.22, 3.48, 3.52]}
+    said = verdict(result("aabb", closed=True), result("aabb", closed=True, **up))
+    assert (said["overall"], said["judge"]["clusters"]) == (CONFIRMED, 4)
+    # by voice 0.2 and 0.5; two prompts 0.04 apart have a standard error of 0.02
+    by_voice = said["judge"]["by_voice"]
+    assert by_voice["a"]["change"] == pytest.approx(0.2) and by_voice["b"]["high"] == pytest.approx(
+        0.5 + 12.7062 * 0.02
+    )
+    assert in_words(said)[1].endswith(": ok (a +0.2, b +0.5)")
+
+
+def test_a_fall_in_one_of_the_voices_is_no_confirmation() -> None:
+    # +0.5 in eleven prompts of one voice, -0.1 -+ 0.01 in one of two: the mean rises by 0.37, its interval is above 0.
+    names = ["a"] * 11 + ["b"] * 3
+    heard = [0.5] * 11 + [-0.11, -0.1, -0.09]
+    before, after = (
+        EvaluationResult({"reward": reward, "dnsmos_ovrl": dnsmos}, [], 24_000, [], names, True)
+        for reward, dnsmos in (([0.0] * 14, [0.0] * 14), (np.linspace(1, 2, 14).tolist(), heard))
+    )
+    said = verdict(before, after)
+    assert said["judge"]["low"] > 0.05 and (said["judge"]["status"], said["overall"]) == ("no rise", NOT_CONVINCED)
 
 
 def test_not_measured_is_said_and_the_judge_must_be() -> None:
