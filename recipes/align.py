@@ -1,7 +1,7 @@
 """Find where each phoneme of the corpus is heard, and fit the durations that the phoneme tokenizer predicts.
 
 Writes `alignment.jsonl` beside the corpus's metadata (a line a clip: `{"id", "phonemes", "units"}`, one unit = two mel
-frames = 21.3 ms) and `durations.json` into --out (linear weights, see rlhf_mel/text.py).
+frames = 21.3 ms) and `durations.json` into --out (linear weights, see rlhf_mel/speech/text.py).
 
 Viterbi training (Rabiner, A tutorial on hidden Markov models, 1989): start from proportional durations; repeat: fit a
 softmax over phonemes to the frames as aligned, then take the most probable monotonic alignment,
@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from corpus_data import Corpus, load_corpus
 from torch import Tensor, nn
 
-from rlhf_mel.audio import log_mel
-from rlhf_mel.recognizer import Recognizer, load_recognizer
-from rlhf_mel.text import TOKENS, UNIT_FRAMES, PhonemeTokenizer, duration_features, spread
+from rlhf_mel.speech.audio import log_mel
+from rlhf_mel.speech.recognizer import Recognizer, load_recognizer
+from rlhf_mel.speech.text import TOKENS, UNIT_FRAMES, PhonemeTokenizer, duration_features, spread
 
 
 @torch.no_grad()

@@ -49,9 +49,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
-from rlhf_mel.cfm import CFM
-from rlhf_mel.models.dit import DiT
-from rlhf_mel.published import PUBLISHED
+from rlhf_mel.f5.backbones.dit import DiT
+from rlhf_mel.f5.cfm import CFM
+from rlhf_mel.f5.presets import PUBLISHED
 
 GIB = 2**30
 SEED = 0
@@ -372,8 +372,8 @@ def case_update(bench: Bench, steps: int, batch: int, *, upstream: bool) -> None
     The rollouts of an update are of one prompt, and so of one length; four prompts, so that lengths come again. What is
     not in a part is the trainer's: data, logging, callbacks.
     """
-    from rlhf_mel import RLHFConfig, RLHFTrainer, load_prompts  # needs more packages than the other cases
-    from rlhf_mel.text import load_tokenizer
+    from rlhf_mel import RLHFConfig, RLHFTrainer, load_prompts
+    from rlhf_mel.speech.text import load_tokenizer
 
     prompts = load_prompts("tiny", split="train").head(4)
     letters = sorted(

@@ -38,7 +38,7 @@ import librosa
 import numpy as np
 import soundfile
 
-from rlhf_mel.text import load_lexicon
+from rlhf_mel.speech.text import load_lexicon
 
 SAMPLE_RATE_HZ = 24_000
 LEVEL_RMS = 0.1

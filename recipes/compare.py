@@ -19,7 +19,7 @@ missing: prices.json; runs.jsonl, a line a run; logs/; sounds/NAME_SEED/ROW.ogg,
 86 kbit/s, about 1.3 MB a run). `judge` runs anywhere, hears these sounds (DNSMOS, pitch, level, silence; Whisper's word
 errors if a model is named), and writes judged.jsonl, table.md, comparison.json and comparison.png. The table
 says on which judges a method is worse than the base (`worse_than_base` has the rule), and which guards of
-rlhf_mel/evaluate.py, which have slack, fail in how many runs; cer is no independent judge here, wer is.
+rlhf_mel/speech/measures.py, which have slack, fail in how many runs; cer is no independent judge here, wer is.
 
 --tune listens to the 32 tuning prompts instead of the held-out ones, once for each of VARIANTS and of --factors
 of its learning rate; it prints which did best without losing the words (CER at most 0.02 above the base), and writes
@@ -75,10 +75,11 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from rlhf_mel import Rewards, RLHFConfig, RLHFTrainer, load_policy, load_prompts, load_recognizer, load_vocoder
-from rlhf_mel.best_of_n import BestOfN
-from rlhf_mel.evaluate import EvaluationResult, Sampler, evaluate, plain
-from rlhf_mel.guidance import NoiseOptimisation, StepGuidance
-from rlhf_mel.measures import DEFAULT_JUDGES
+from rlhf_mel.evaluation.evaluate import EvaluationResult, Sampler, evaluate, plain
+from rlhf_mel.samplers.best_of_n import BestOfN
+from rlhf_mel.samplers.noise_optimisation import NoiseOptimisation
+from rlhf_mel.samplers.step_guidance import StepGuidance
+from rlhf_mel.speech.measures import DEFAULT_JUDGES
 from rlhf_mel.types import Audio
 
 REWARDS = ("mos", "intelligibility")

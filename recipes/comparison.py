@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_mel.evaluate import EvaluationResult
-from rlhf_mel.intervals import mean_interval
-from rlhf_mel.verdict import WORSE as FAILED
-from rlhf_mel.verdict import verdict
+from rlhf_mel.evaluation.evaluate import EvaluationResult
+from rlhf_mel.evaluation.intervals import mean_interval
+from rlhf_mel.evaluation.verdict import WORSE as FAILED
+from rlhf_mel.evaluation.verdict import verdict
 
 Run = Mapping[str, Any]
 

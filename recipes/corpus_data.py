@@ -23,7 +23,7 @@ import soundfile
 import torch
 from torch import Tensor, nn
 
-from rlhf_mel.audio import resample
+from rlhf_mel.speech.audio import resample
 
 HELD_OUT_SHARE = 0.03
 

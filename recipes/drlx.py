@@ -21,8 +21,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 
-from rlhf_mel.config import RLHFConfig, lora_config, parse_arguments
-from rlhf_mel.trainer import RLHFTrainer
+from rlhf_mel.training.arguments import lora_config, parse_arguments
+from rlhf_mel.training.config import RLHFConfig
+from rlhf_mel.training.trainer import RLHFTrainer
 
 
 def use_cpu_threads(args: RLHFConfig) -> None:

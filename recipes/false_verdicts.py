@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf_mel.evaluate import EvaluationResult
-from rlhf_mel.verdict import CONFIRMED, verdict
+from rlhf_mel.evaluation.evaluate import EvaluationResult
+from rlhf_mel.evaluation.verdict import CONFIRMED, verdict
 
 JUDGED = Path(__file__).parents[1] / "docs/comparison/judged.jsonl"
 DEVIATION = 0.1

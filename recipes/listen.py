@@ -26,11 +26,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_mel import load_policy, load_prompts, load_vocoder, rollout
-from rlhf_mel.audio import MelSpec, load_audio, log_mel, resample, samples_to_frames
-from rlhf_mel.evaluate import item_generator
-from rlhf_mel.measures import clips, dnsmos
-from rlhf_mel.rewards import Rewards
-from rlhf_mel.sound import sound
+from rlhf_mel.flow.noise import item_generator
+from rlhf_mel.pipeline import vocode
+from rlhf_mel.rewards.combine import Rewards
+from rlhf_mel.speech.audio import MelSpec, load_audio, log_mel, resample, samples_to_frames
+from rlhf_mel.speech.measures import clips, dnsmos
 from rlhf_mel.types import Audio, Prompts
 
 WHISPER_RATE_HZ = 16_000
@@ -92,7 +92,7 @@ def speak(policy: Any, vocoder: Any, prompts: Any, rows: Sequence[int], args: ar
         generator=[item_generator(args.seed, row) for row in rows],
     )
     with torch.no_grad():
-        return clips(sound(vocoder, spoken))
+        return clips(vocode(vocoder, spoken))
 
 
 def main() -> None:

@@ -33,12 +33,12 @@ import torch
 from corpus_data import Average, Corpus, adamw, cosine, load_corpus, set_lr
 from torch import Tensor
 
-from rlhf_mel.audio import MelSpec, log_mel
-from rlhf_mel.cfm import CFM
-from rlhf_mel.checkpoints import save_policy
-from rlhf_mel.models.dit import DiT
-from rlhf_mel.path import interpolate
-from rlhf_mel.text import TOKENS, UNIT_FRAMES, PhonemeTokenizer, load_tokenizer, spread, tokens_to_ids
+from rlhf_mel.f5.backbones.dit import DiT
+from rlhf_mel.f5.cfm import CFM
+from rlhf_mel.f5.checkpoints import save_policy
+from rlhf_mel.flow.path import interpolate
+from rlhf_mel.speech.audio import MelSpec, log_mel
+from rlhf_mel.speech.text import TOKENS, UNIT_FRAMES, PhonemeTokenizer, load_tokenizer, spread, tokens_to_ids
 
 ARCH = dict(
     dim=256,

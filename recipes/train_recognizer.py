@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from corpus_data import Average, Clock, Corpus, adamw, cosine, load_corpus, set_lr
 from torch import Tensor, nn
 
-from rlhf_mel.audio import MEL_FLOOR, MelSpec, log_mel
-from rlhf_mel.recognizer import (
+from rlhf_mel.speech.audio import MEL_FLOOR, MelSpec, log_mel
+from rlhf_mel.speech.recognizer import (
     SUBSAMPLING,
     VOICE_DIM,
     Recognizer,

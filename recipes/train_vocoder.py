@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from vocos.discriminators import MultiPeriodDiscriminator, MultiResolutionDiscriminator
 from vocos.loss import DiscriminatorLoss, FeatureMatchingLoss, GeneratorLoss
 
-from rlhf_mel.audio import MelSpec, frames_to_samples, log_mel, resample
+from rlhf_mel.speech.audio import MelSpec, frames_to_samples, log_mel, resample
 from rlhf_mel.vocoders.vocos import VocosVocoder, load, save
 
 MEL_WEIGHT = 45.0

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from rlhf_mel.recognizer import load_recognizer
+from rlhf_mel.speech.recognizer import load_recognizer
 from rlhf_mel.types import Audio, Prompts
 
 

@@ -6,7 +6,7 @@
 
 `sample` speaks one text or a list of prompts (prompt_files.py) with any policy: bundled, published, a file, a folder, a
 hub id, or "package.module:function" that builds one (adapters/). Noise depends on seed and row alone, so the batch size
-changes nothing but the time. `doctor` examines a run before it begins (doctor.py).
+changes nothing but the time. `doctor` examines a run before it begins (doctor/checks.py).
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from rlhf_mel.data.prompts import DURATION_RULES, PromptDataset, PromptOptions, load_prompts
+from rlhf_mel.f5.checkpoints import load_policy
+from rlhf_mel.flow.noise import mix_seed
+from rlhf_mel.flow.policy import rollout
+from rlhf_mel.pipeline import vocode
+from rlhf_mel.speech.audio import MelSpec
+from rlhf_mel.vocoders import Vocoder, load_vocoder
+
 # Before torch loads OpenMP: threads that wait for each other by spinning make a busy machine 15 times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-import torch
-
-from rlhf_mel.audio import MelSpec
-from rlhf_mel.checkpoints import load_policy
-from rlhf_mel.data import DURATION_RULES, PromptDataset, PromptOptions, load_prompts, mix_seed
-from rlhf_mel.policy import rollout
-from rlhf_mel.sound import sound
-from rlhf_mel.vocoders import Vocoder, load_vocoder
 
 VOCODERS = {"vocos": "charactr/vocos-mel-24khz", "bigvgan": "nvidia/bigvgan_v2_24khz_100band_256x"}
 """For each kind of mel, the vocoder that F5-TTS uses."""
@@ -89,8 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Examine the run that the remaining arguments describe; 1 if a check failed, else 0."""
-    from rlhf_mel.config import lora_config, parse_arguments  # transformers is slow to import
-    from rlhf_mel.doctor import doctor
+    from rlhf_mel.doctor.checks import doctor
+    from rlhf_mel.training.arguments import lora_config, parse_arguments
 
     config, model_config = parse_arguments(args.of_the_run)
     if config.device.type == "cpu":  # as recipes/drlx.py, so that the seconds are the run's
@@ -128,7 +130,7 @@ def speak(args: argparse.Namespace, policy: Any, vocoder: Vocoder, prompts: Prom
             generator=[torch.Generator().manual_seed(mix_seed(args.seed, row)) for row in rows],
         )
         with torch.no_grad():
-            audio = sound(vocoder, said)
+            audio = vocode(vocoder, said)
         for waveform, samples in zip(audio.waveform.cpu(), audio.lengths_samples.tolist(), strict=True):
             yield waveform[:samples]
 

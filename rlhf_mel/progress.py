@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 
+
 LINE_EVERY_S = 10.0
 """Seconds between two lines of a phase where there is no terminal."""
 

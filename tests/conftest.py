@@ -30,8 +30,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
         # Not config.py: a TrainingArguments is given, by its own parser, what its annotations do not allow.
         # Nor kernels.py: Triton reads the source of what is decorated.
-        files = (Path(__file__).parents[1] / "rlhf_mel").iterdir()
-        modules = [f"rlhf_mel.{file.stem}" for file in files if file.stem not in ("__init__", "config", "kernels")]
+        root = Path(__file__).parents[1]
+        files = [file.relative_to(root).with_suffix("") for file in (root / "rlhf_mel").rglob("*.py")]
+        modules = [".".join(file.parts) for file in files if file.stem not in ("__init__", "config", "kernels")]
         install_import_hook([*modules, "reward_models"], "conftest.checked")
 
 

@@ -21,10 +21,12 @@ import torch
 from problems import LinearGaussianFlow, MelReward, Silent
 from torch import Tensor, nn
 
-from rlhf_mel.algorithms.base import Algorithm, Pipeline, Sampling, load_algorithm
-from rlhf_mel.forward_process import Draw
-from rlhf_mel.policy import Generators, ReferencePolicy, item_generators, item_noise
-from rlhf_mel.rewards import Rewards
+from rlhf_mel.algorithms.base import Algorithm, load_algorithm
+from rlhf_mel.algorithms.families.forward_process import Draw
+from rlhf_mel.flow.noise import Generators, item_generators, item_noise
+from rlhf_mel.flow.reference import ReferencePolicy
+from rlhf_mel.pipeline import Pipeline, Sampling
+from rlhf_mel.rewards.combine import Rewards
 from rlhf_mel.types import Prompts
 
 STEPS, REFERENCE, GENERATED, MELS = 8, 2, 3, 2

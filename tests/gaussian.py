@@ -20,10 +20,11 @@ import torch
 from problems import LinearGaussianFlow, Silent
 from torch import Tensor, nn
 
-from rlhf_mel.algorithms.base import Pipeline, Sampling
-from rlhf_mel.policy import Generators, ReferencePolicy, item_generators, item_noise
-from rlhf_mel.rewards import Rewards
-from rlhf_mel.solvers import timesteps
+from rlhf_mel.flow.noise import Generators, item_generators, item_noise
+from rlhf_mel.flow.ode import timesteps
+from rlhf_mel.flow.reference import ReferencePolicy
+from rlhf_mel.pipeline import Pipeline, Sampling
+from rlhf_mel.rewards.combine import Rewards
 from rlhf_mel.types import Audio, Prompts
 
 REFERENCE, GENERATED, MELS = 2, 3, 2

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_mel.cfm import CFM
-from rlhf_mel.models.dit import DiT
-from rlhf_mel.models.mmdit import MMDiT
-from rlhf_mel.models.unett import UNetT
-from rlhf_mel.text import load_tokenizer
+from rlhf_mel.f5.backbones.dit import DiT
+from rlhf_mel.f5.backbones.mmdit import MMDiT
+from rlhf_mel.f5.backbones.unett import UNetT
+from rlhf_mel.f5.cfm import CFM
+from rlhf_mel.speech.text import load_tokenizer
 from rlhf_mel.types import Audio, Prompts
 
 

@@ -11,12 +11,12 @@ import torch
 from problems import tiny_cfm
 from torch import Tensor, nn
 
-from rlhf_mel.audio import MelSpec
-from rlhf_mel.cfm import CFM
-from rlhf_mel.config import RLHFConfig
-from rlhf_mel.data import PromptDataset
-from rlhf_mel.text import CharTokenizer
-from rlhf_mel.trainer import RLHFTrainer
+from rlhf_mel.data.prompts import PromptDataset
+from rlhf_mel.f5.cfm import CFM
+from rlhf_mel.speech.audio import MelSpec
+from rlhf_mel.speech.text import CharTokenizer
+from rlhf_mel.training.config import RLHFConfig
+from rlhf_mel.training.trainer import RLHFTrainer
 from rlhf_mel.types import Audio, Prompts
 
 TEXTS = ("abc", "a bad", "fed", "had a cab", "jog")

@@ -12,12 +12,14 @@ import torch
 from problems import tiny_policy
 
 from rlhf_mel import cli
-from rlhf_mel.audio import MelSpec
-from rlhf_mel.checkpoints import load_policy, save_policy
-from rlhf_mel.data import load_prompts, mix_seed
-from rlhf_mel.policy import rollout
-from rlhf_mel.sound import sound
-from rlhf_mel.vocoders import ASSETS, load_vocoder
+from rlhf_mel.data.prompts import load_prompts
+from rlhf_mel.f5.checkpoints import load_policy, save_policy
+from rlhf_mel.flow.noise import mix_seed
+from rlhf_mel.flow.policy import rollout
+from rlhf_mel.pipeline import vocode
+from rlhf_mel.speech.audio import MelSpec
+from rlhf_mel.storage import ASSETS
+from rlhf_mel.vocoders import load_vocoder
 
 CLIPS = ASSETS / "prompts/references"
 ONE = ["--text", "good morning", "--reference", str(CLIPS / "slt_00608.flac"), "--reference_text", "Hello there."]
@@ -36,7 +38,7 @@ def test_one_text_is_what_the_policy_says(tmp_path: Path) -> None:
     generator = [torch.Generator().manual_seed(mix_seed(3, 0))]
     options: dict[str, Any] = dict(steps=2, cfg_strength=1.5, grad_steps=0, generator=generator)
     said = rollout(load_policy("tiny"), prompts.collate([prompts[0]]), **options)
-    expected = sound(load_vocoder("tiny"), said).waveform[0].clamp(-1, 1)  # a wav ends there
+    expected = vocode(load_vocoder("tiny"), said).waveform[0].clamp(-1, 1)  # a wav ends there
     # 0.5 s are 46.9 frames, 47 in all, and 46 hops of 256 samples
     assert rate_hz == 24_000 and len(found) == 46 * 256
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1.01 / 32768, rtol=0)

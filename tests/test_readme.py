@@ -11,8 +11,8 @@ import torch
 from gaussian import MelReward
 from problems import Silent, tiny_policy, tiny_prompts
 
-from rlhf_mel.algorithms.base import Pipeline, Sampling
-from rlhf_mel.rewards import Rewards
+from rlhf_mel.pipeline import Pipeline, Sampling
+from rlhf_mel.rewards.combine import Rewards
 from rlhf_mel.types import Audio
 
 ROOT = Path(__file__).parents[1]

@@ -19,16 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .. import solvers
-from ..audio import MelSpec, lengths_to_mask
-from ..policy import Generators, evaluating, item_generators, item_noise
-from ..types import Prompts
+from rlhf_mel.flow import ode
+from rlhf_mel.flow.noise import Generators, item_generators, item_noise
+from rlhf_mel.flow.policy import evaluating
+from rlhf_mel.masked import lengths_to_mask
+from rlhf_mel.speech.audio import MelSpec
+from rlhf_mel.types import Prompts
 
 MATCHA_MEL = MelSpec(sample_rate_hz=22_050, n_mels=80, kind="bigvgan", f_max_hz=8000.0)
 """The mels of the published Matcha-TTS checkpoints, and of the HiFi-GANs beside them."""
 
+
 FRAME_MULTIPLE = 4
 """The decoder halves the frame rate twice."""
+
 
 ToIds = Callable[[str], Sequence[int]]
 """A text to the ids of Matcha's symbols, blanks between them included (matcha.text.text_to_sequence, intersperse)."""
@@ -114,7 +118,7 @@ class MatchaPolicy(nn.Module):
 
     def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
         """Matcha's own grid is the uniform one, sway_sampling_coef=None."""
-        return solvers.timesteps(
+        return ode.timesteps(
             steps, sway_sampling_coef=sway_sampling_coef, use_epss=False, device=self.device, dtype=self.dtype
         )
 

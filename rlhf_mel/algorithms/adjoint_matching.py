@@ -14,7 +14,7 @@ stands for the velocity of the flow to p*, so that any sampler, the ODE included
     loss = int |u - sigma g|^2 / 2 dt = int |v - v_ref - c g|^2 / c dt,   c = sigma^2 / 2 = (1 - t) / t.
 
 Paths and g are constants. At the optimum E[g | x_t] = grad V_t(x_t), and there is no other critical point (Proposition
-7). On a grid, paths are those of the SDE's exponential integrator (solvers.py, a^2 = 2: all noise is new in the first
+7). On a grid, paths are those of the SDE's exponential integrator (flow/sde.py, a^2 = 2: all noise is new in the first
 step), and g goes back through the means of its steps. In the first step, where c is infinite, c = (1 - t')^2 / t' with
 the g after the step: the step's variance over how far v moves its mean. For a Gaussian flow and a linear r all others
 are exact on every grid.
@@ -31,7 +31,7 @@ and truncation are ideas of Guo et al. 2026, arXiv 2605.06583 ("ODE-AM-3": three
 were at hand only: the equations above are derived here, not taken from there.
 
 Noise, control and loss are those of the generated frames. The frames of the reference clip follow the ODE, as in all
-SDE rollouts (trajectories.py); the noise they begin with is as a part of the prompt. A guided velocity is not that of a
+SDE rollouts (sde_rollout.py); the noise they begin with is as a part of the prompt. A guided velocity is not that of a
 flow with a known score: p_ref is then what the guided SDE generates, and g grows. The theory is of no guidance.
 
 Reference: Domingo-Enrich et al. 2025, Adjoint Matching, arXiv 2409.08861, Algorithm 1 (their adjoint is -g, their
@@ -49,13 +49,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline, require_reward_gradient, score_metrics
-from rlhf_mel.policy import Policy, ReferencePolicy, evaluating, velocity_as_now
-from rlhf_mel.solvers import SDE, counted_mean, differentiated
-from rlhf_mel.trajectories import Trajectory
+from rlhf_mel.algorithms.base import AlgorithmBase
+from rlhf_mel.flow.policy import Policy, evaluating, velocity_as_now
+from rlhf_mel.flow.recompute import differentiated
+from rlhf_mel.flow.reference import ReferencePolicy
+from rlhf_mel.flow.sde import SDE
+from rlhf_mel.flow.sde_rollout import Trajectory
+from rlhf_mel.masked import counted_mean
+from rlhf_mel.metrics import Metrics, score_metrics
+from rlhf_mel.pipeline import Pipeline, require_reward_gradient
 from rlhf_mel.types import Prompts, Rollout, Scores
 
 DYNAMICS = ("memoryless", "ode")
+
 
 Finalize = Callable[[Tensor, Any], Tensor]
 """(x_1 [b, T, M], cond) -> mel [b, T, M]."""

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline, pathwise_scores, require_reward_gradient
-from rlhf_mel.algorithms.draft import draft_loss
+from rlhf_mel.algorithms.base import AlgorithmBase
+from rlhf_mel.algorithms.families.pathwise import draft_loss, pathwise_scores
+from rlhf_mel.metrics import Metrics
+from rlhf_mel.pipeline import Pipeline, require_reward_gradient
 from rlhf_mel.types import Prompts
 
 

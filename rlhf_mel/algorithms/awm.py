@@ -24,9 +24,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlhf_mel.algorithms.base import LaggedAlgorithm, Metrics, Pipeline, collect_samples
-from rlhf_mel.ema import LaggedPolicy, MovingAverage, check_lag
-from rlhf_mel.forward_process import (
+from rlhf_mel.algorithms.base import LaggedAlgorithm
+from rlhf_mel.algorithms.families.forward_process import (
     Draw,
     Options,
     Samples,
@@ -34,15 +33,22 @@ from rlhf_mel.forward_process import (
     anchors,
     check_number,
     check_options,
-    kept_mean,
+    collect_samples,
     regress,
 )
-from rlhf_mel.policy_gradient import Clip, check_clipping, clipped_shares, clipped_surrogate
+from rlhf_mel.algorithms.families.policy_gradient import Clip, check_clipping, clipped_shares, clipped_surrogate
+from rlhf_mel.flow.ema import LaggedPolicy, MovingAverage, check_lag
+from rlhf_mel.masked import kept_mean
+from rlhf_mel.metrics import Metrics
+from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts
 
 WEIGHTINGS = ("uniform", "noise", "ghuber")
 
+
 GHUBER_POWER = 0.25
+
+
 GHUBER_OFFSET = 1e-10
 
 

@@ -1,13 +1,13 @@
 """DDPO: the policy gradient of the reward through every random step of a rollout, with a clipped ratio; no groups.
 
-    A_i = (r_i - mean) / std,  over the batch of all processes;    loss: see policy_gradient.py
+    A_i = (r_i - mean) / std,  over the batch of all processes;    loss: see families/policy_gradient.py
 
 In the first update on a batch every ratio is 1 and the gradient is REINFORCE's, -A grad log p_theta. With
 `per_prompt_buffer`, mean and std are those of a prompt's own last rewards, once there are enough of them: a prompt that
 is hard for everyone then no longer looks bad. Rewards need no gradient.
 
 Reference: Black et al. 2023, Training Diffusion Models with Reinforcement Learning, arXiv 2305.13301, and
-github.com/kvablack/ddpo-pytorch (defaults). Their DDIM steps are here the SDE steps of trajectories.py.
+github.com/kvablack/ddpo-pytorch (defaults). Their DDIM steps are here the SDE steps of flow/sde_rollout.py.
 """
 
 from __future__ import annotations
@@ -21,10 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_mel.advantages import EPSILON, check_scaling
-from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline, check_sde_window, score_metrics
-from rlhf_mel.policy_gradient import Clip, Collected, check_clipping, policy_gradient_loss
-from rlhf_mel.solvers import SDE
+from rlhf_mel.algorithms.base import AlgorithmBase
+from rlhf_mel.algorithms.families.advantages import EPSILON, check_scaling
+from rlhf_mel.algorithms.families.policy_gradient import (
+    Clip,
+    Collected,
+    check_clipping,
+    check_sde_window,
+    policy_gradient_loss,
+)
+from rlhf_mel.flow.sde import SDE
+from rlhf_mel.metrics import Metrics, score_metrics
+from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts, Scores
 
 
@@ -89,9 +97,9 @@ class DDPO(AlgorithmBase):
     @dataclass(frozen=True, kw_only=True)
     class Config:
         sde: str = "exponential"
-        """Noise of the random steps: 'exponential', 'flow_sde' or 'flow_cps' (see solvers.py)."""
+        """Noise of the random steps: 'exponential', 'flow_sde' or 'flow_cps' (see flow/sde.py)."""
         noise_level: float = 0.7
-        """Its size a, see solvers.SDE."""
+        """Its size a, see sde.SDE."""
         window_range: Sequence[int] | None = None
         """Steps [first, stop) that are random and trained; null: all that have noise."""
         epsilon: float = 1e-4

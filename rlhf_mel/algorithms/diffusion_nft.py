@@ -24,9 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_mel.algorithms.base import LaggedAlgorithm, Metrics, Pipeline, collect_samples
-from rlhf_mel.ema import LaggedPolicy, MovingAverage, check_lag
-from rlhf_mel.forward_process import (
+from rlhf_mel.algorithms.base import LaggedAlgorithm
+from rlhf_mel.algorithms.families.forward_process import (
     Draw,
     Options,
     Samples,
@@ -34,10 +33,13 @@ from rlhf_mel.forward_process import (
     anchors,
     check_options,
     check_positive,
-    kept_mean,
+    collect_samples,
     regress,
 )
-from rlhf_mel.solvers import counted_mean
+from rlhf_mel.flow.ema import LaggedPolicy, MovingAverage, check_lag
+from rlhf_mel.masked import counted_mean, kept_mean
+from rlhf_mel.metrics import Metrics
+from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts
 
 LEAST_ERROR = 1e-5

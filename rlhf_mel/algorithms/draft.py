@@ -16,20 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_mel.algorithms.base import (
-    AlgorithmBase,
-    Metrics,
-    Pipeline,
-    finite_mean,
-    pathwise_scores,
-    require_reward_gradient,
-)
+from rlhf_mel.algorithms.base import AlgorithmBase
+from rlhf_mel.algorithms.families.pathwise import draft_loss, pathwise_scores
+from rlhf_mel.metrics import Metrics
+from rlhf_mel.pipeline import Pipeline, require_reward_gradient
 from rlhf_mel.types import Prompts
-
-
-def draft_loss(rewards: Tensor, anchor: Tensor, beta: float) -> Tensor:
-    """-mean(rewards [B], the finite ones) + beta mean(anchor [B])."""
-    return -finite_mean(rewards) + beta * anchor.mean()
 
 
 class Draft(AlgorithmBase):

@@ -24,11 +24,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline, pathwise_scores, require_reward_gradient
-from rlhf_mel.algorithms.draft import draft_loss
-from rlhf_mel.path import interpolate
-from rlhf_mel.policy import item_generators, item_noise, rollout
-from rlhf_mel.restart import Restarted, begin_at
+from rlhf_mel.algorithms.base import AlgorithmBase
+from rlhf_mel.algorithms.families.pathwise import draft_loss, pathwise_scores
+from rlhf_mel.flow.noise import item_generators, item_noise
+from rlhf_mel.flow.path import interpolate
+from rlhf_mel.flow.policy import rollout
+from rlhf_mel.flow.start_states import Restarted, begin_at
+from rlhf_mel.metrics import Metrics
+from rlhf_mel.pipeline import Pipeline, require_reward_gradient
 from rlhf_mel.types import Prompts
 
 

@@ -1,9 +1,9 @@
 """Flow-GRPO: rollouts of one prompt compete; what the better ones did at random becomes more probable.
 
-    A_i = (r_i - mean_group) / std_group;    loss: see policy_gradient.py
+    A_i = (r_i - mean_group) / std_group;    loss: see families/policy_gradient.py
 
 Rewards need no gradient. The steps of a window are those of an SDE with the flow's own marginals, all others of the
-ODE (see trajectories.py). The window decides the variant:
+ODE (see flow/sde_rollout.py). The window decides the variant:
 
     window_size = null, window_range = [0, K]     Flow-GRPO: every step (with sde = flow_sde; others: [0, K - 1])
     window_size = 2                               Flow-GRPO-Fast: a window drawn anew for each batch (the default)
@@ -23,10 +23,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_mel.advantages import check_scaling, score_advantages
-from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline, check_sde_window, score_metrics
-from rlhf_mel.policy_gradient import Clip, Collected, check_clipping, policy_gradient_loss
-from rlhf_mel.solvers import SDE
+from rlhf_mel.algorithms.base import AlgorithmBase
+from rlhf_mel.algorithms.families.advantages import check_scaling, score_advantages
+from rlhf_mel.algorithms.families.policy_gradient import (
+    Clip,
+    Collected,
+    check_clipping,
+    check_sde_window,
+    policy_gradient_loss,
+)
+from rlhf_mel.flow.sde import SDE
+from rlhf_mel.metrics import Metrics, score_metrics
+from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts
 
 LEVER = 0.05, 0.5
@@ -52,7 +60,7 @@ class FlowGRPO(AlgorithmBase):
     @dataclass(frozen=True, kw_only=True)
     class Config:
         sde: str = "exponential"
-        """Noise of the random steps: 'exponential', 'flow_sde' (the paper's) or 'flow_cps' (see solvers.py)."""
+        """Noise of the random steps: 'exponential', 'flow_sde' (the paper's) or 'flow_cps' (see flow/sde.py)."""
         noise_level: float = 0.7
         """Its size a. flow_grpo: 0.7, with 'flow_cps' 0.8; FlowTTS-GRPO: 0.5."""
         window_size: int | None = 2

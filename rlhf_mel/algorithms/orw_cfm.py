@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_mel.algorithms.base import AlgorithmBase, Metrics, Pipeline, collect_samples
-from rlhf_mel.forward_process import (
+from rlhf_mel.algorithms.base import AlgorithmBase
+from rlhf_mel.algorithms.families.forward_process import (
     Draw,
     Options,
     Samples,
@@ -33,9 +33,12 @@ from rlhf_mel.forward_process import (
     anchors,
     check_options,
     check_positive,
-    kept_mean,
+    collect_samples,
     regress,
 )
+from rlhf_mel.masked import kept_mean
+from rlhf_mel.metrics import Metrics
+from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts
 
 NORMALIZATIONS = ("group", "batch")

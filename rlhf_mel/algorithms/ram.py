@@ -25,9 +25,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_mel.algorithms.base import LaggedAlgorithm, Metrics, Pipeline, collect_samples
-from rlhf_mel.ema import LaggedPolicy, MovingAverage, check_lag
-from rlhf_mel.forward_process import Draw, Options, Samples, anchor_to, anchors, check_options, regress
+from rlhf_mel.algorithms.base import LaggedAlgorithm
+from rlhf_mel.algorithms.families.forward_process import (
+    Draw,
+    Options,
+    Samples,
+    anchor_to,
+    anchors,
+    check_options,
+    collect_samples,
+    regress,
+)
+from rlhf_mel.flow.ema import LaggedPolicy, MovingAverage, check_lag
+from rlhf_mel.metrics import Metrics
+from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts
 
 

@@ -17,10 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..audio import MelSpec, frames_to_samples
-from ..published import download
-
-ASSETS = Path(__file__).parent.parent / "assets"
+from rlhf_mel.speech.audio import MelSpec, frames_to_samples
+from rlhf_mel.storage import ASSETS, download
 
 
 @runtime_checkable

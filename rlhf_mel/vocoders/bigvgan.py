@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..audio import MelSpec
-from ..published import download
-from . import by_length
+from rlhf_mel.speech.audio import MelSpec
+from rlhf_mel.storage import download
+from rlhf_mel.vocoders import by_length
 
 CONFIG, WEIGHTS = "config.json", "bigvgan_generator.pt"
 

@@ -14,7 +14,7 @@ import torch
 import torchaudio
 from torch import Tensor, nn
 
-from ..audio import MelSpec, frames_to_samples, mel_filters
+from rlhf_mel.speech.audio import MelSpec, frames_to_samples, mel_filters
 
 
 class GriffinLim(nn.Module):

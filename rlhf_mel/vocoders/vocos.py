@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from vocos.heads import ISTFTHead
 from vocos.models import VocosBackbone
 
-from ..audio import MelSpec, frames_to_samples, lengths_to_mask
-from ..published import download
+from rlhf_mel.masked import lengths_to_mask
+from rlhf_mel.speech.audio import MelSpec, frames_to_samples
+from rlhf_mel.storage import download
 
 MAX_MAGNITUDE = 1e2
 """Where ISTFTHead clips; beyond it the gradient is zero."""
+
 
 PUBLISHED_FILES = ("config.yaml", "pytorch_model.bin")
 

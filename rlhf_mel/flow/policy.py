@@ -1,0 +1,176 @@
+"""The policy: a flow from noise to mel, conditioned on a prompt; and what all policies share.
+
+    cond = encode(prompts);  x_0 = prior(cond);  dx/dt = velocity(x, t, cond);  mel = finalize(x_1, cond)
+
+A policy is anything with those methods (`Policy`). Its velocity is pure, so solvers, checkpointing,
+truncation and the reference policy are written once, for all of them. Time convention: see path.py.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from rlhf_mel.flow.noise import Generators, item_generators
+from rlhf_mel.flow.ode import GradSteps, solve
+from rlhf_mel.flow.recompute import PureVelocity, Velocity
+from rlhf_mel.modules import keep_mode, modules_of, set_modes, weights_of
+from rlhf_mel.types import Prompts, Rollout
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A flow that turns noise into mel."""
+
+    def durations(self, prompts: Prompts) -> Tensor:
+        """Long [B]: frames of reference plus generated speech, as asked for or by the policy's own rule."""
+        ...
+
+    def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> Any:
+        """All that the velocity needs to know of the prompts, with its graph: a pytree; once a solve.
+
+        It has an attribute `generated`, bool [B, T]: the frames that are the policy's work.
+        """
+        ...
+
+    def prior(self, cond: Any, generator: Generators = None) -> Tensor:
+        """Noise x_0 [B, T, M], different for each item."""
+        ...
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        """dx/dt [B, T, M]; pure, guidance included. t is a scalar, or [B]."""
+        ...
+
+    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
+        """Times [steps + 1] from 0 to 1."""
+        ...
+
+    def finalize(self, x1: Tensor, cond: Any) -> Tensor:
+        """The end of the flow as log mel [B, T, M]: reference pasted in."""
+        ...
+
+
+def rollout(
+    policy: Policy,
+    prompts: Prompts,
+    *,
+    steps: int = 16,
+    cfg_strength: float = 2.0,
+    sway_sampling_coef: float | None = -1.0,
+    grad_steps: GradSteps = None,
+    checkpoint: bool = True,
+    generator: Generators = None,
+    method: str = "euler",
+    return_trajectory: bool = False,
+) -> Rollout:
+    """Let the policy speak: the generated mel of each prompt, with gradients unless `grad_steps=0`.
+
+    Each item is what it would be alone: items of one total duration are solved together, others apart, since
+    padding changes what attention and the text embedding compute. Runs in eval mode (dropout would be noise
+    that no one scores), backward() included, and gives the caller's mode back.
+
+    generator: distinct noise for each item, seeded in the order of the prompts and drawn on the generator's
+        own device, so it depends on neither grouping nor the policy's device; a list gives each item its own.
+    grad_steps, checkpoint, method: see ode.solve.
+    """
+    differentiable = grad_steps is None or bool(grad_steps)
+    if differentiable:
+        require_gradients("rollout", remedy="pass grad_steps=0 for samples without gradients")
+    prompts = replace(prompts, durations_frames=policy.durations(prompts))
+    generators = item_generators(generator, len(prompts))
+    mels: dict[int, Tensor] = {}
+    trajectories: dict[int, Tensor] = {}
+    constant = getattr(policy, "velocity_without_gradient", None)
+    with evaluating(policy), torch.set_grad_enabled(differentiable):
+        t = policy.timesteps(steps, sway_sampling_coef=sway_sampling_coef)
+        for rows in rows_by_duration(prompts):
+            cond = policy.encode(prompts.select(rows), cfg_strength=cfg_strength)
+            states = solve(
+                velocity_as_now(policy, cond),
+                policy.prior(cond, None if generators is None else [generators[row] for row in rows]),
+                t,
+                method=method,
+                grad_steps=grad_steps,
+                checkpoint=checkpoint,
+                constant=None if constant is None else partial(constant, cond=cond),
+            )
+            mel = policy.finalize(states[-1], cond)
+            for item, row in enumerate(rows):
+                mels[row] = mel[item, cond.generated[item]]
+                if return_trajectory:
+                    trajectories[row] = torch.stack([state[item] for state in states])
+    return collect_rollout(mels, trajectories)
+
+
+def rows_by_duration(prompts: Prompts) -> list[list[int]]:
+    """Places in the batch of the prompts of each total duration."""
+    assert prompts.durations_frames is not None
+    rows: dict[int, list[int]] = defaultdict(list)
+    for row, duration in enumerate(prompts.durations_frames.tolist()):
+        rows[duration].append(row)
+    return list(rows.values())
+
+
+def velocity_as_now(policy: Velocities, cond: Any) -> Velocity:
+    """The policy's velocity under `cond`, always in the train/eval mode it has now."""
+    if not isinstance(policy, nn.Module):
+        return partial(policy.velocity, cond=cond)
+    velocity = PureVelocity(
+        keep_mode(policy, policy.velocity),
+        cond,
+        lambda: [weight for weight in weights_of(policy) if weight.requires_grad],
+    )
+    own = {"terms": getattr(policy, "velocity_terms", None)}
+    if not policy.training:
+        own["differentiate"] = getattr(policy, "differentiate", None)
+    return replace(velocity, **{name: value for name, value in own.items() if value is not None})
+
+
+def collect_rollout(mels: Mapping[int, Tensor], trajectories: Mapping[int, Tensor] | None = None) -> Rollout:
+    """Mels [T, M], and trajectories [K+1, T_total, M] if any, by their place in the batch, padded and in order."""
+    ordered = [mels[row] for row in range(len(mels))]
+    lengths = torch.tensor([len(mel) for mel in ordered], device=ordered[0].device)
+    trajectory = None
+    if trajectories:
+        longest = max(states.shape[1] for states in trajectories.values())
+        padded = [F.pad(trajectories[row], (0, 0, 0, longest - trajectories[row].shape[1])) for row in range(len(mels))]
+        trajectory = torch.stack(padded, dim=1)
+    return Rollout(pad_sequence(ordered, batch_first=True), lengths, trajectory)
+
+
+def require_gradients(caller: str, *, remedy: str) -> None:
+    """Raise where autograd is off: a result that silently carries no gradient trains nothing."""
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+        raise RuntimeError(
+            f"{caller}: expected gradients to be enabled, got torch.{mode}; leave that context, or {remedy}"
+        )
+
+
+@contextmanager
+def evaluating(policy: object) -> Iterator[None]:
+    """Eval mode inside; outside, every module back in the mode it was in."""
+    modules = modules_of(policy) if isinstance(policy, nn.Module) else []
+    modes = [module.training for module in modules]
+    try:
+        set_modes(modules, [False] * len(modules))
+        yield
+    finally:
+        set_modes(modules, modes)
+
+
+class Velocities(Protocol):
+    """What has velocities: a policy, and what it is compared with, the reference or an average of weights."""
+
+    def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> Any: ...
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...

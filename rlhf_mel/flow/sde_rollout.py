@@ -1,0 +1,151 @@
+"""SDE rollouts: what a policy says when some of its steps are random, and how probable each of those steps is.
+
+    rollout:  x' ~ N(mean_old, std^2) in the window, ODE elsewhere, log p_old(x' | x) kept
+    replay:   mean_theta(x) again, with gradients, at the states that were visited
+
+Noise enters only the frames that are the policy's work, and only they count in log-probabilities and divergences:
+never those of the reference clip, which follow the ODE. Prompts of one total duration are solved together, so no item
+is padded and each is what it would be alone (see policy.rollout). Log-probabilities are float32 at least, whatever the
+autocast around them. In a replay each velocity is checkpointed, even one alone: memory does not grow with the window,
+and the first run of each is by the kernels of the rollout.
+
+The SDEs, the densities and their references: see sde.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_mel.flow.noise import Generators, item_generators, item_noise
+from rlhf_mel.flow.policy import Policy, collect_rollout, evaluating, rows_by_duration, velocity_as_now
+from rlhf_mel.flow.recompute import PureVelocity, Velocity, differentiated
+from rlhf_mel.flow.reference import ReferencePolicy
+from rlhf_mel.flow.sde import SDE, Transition, mean_log_prob, solve_sde
+from rlhf_mel.types import Prompts, Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """The random steps of prompts of one total duration. W steps in the window, T frames, reference included."""
+
+    rows: Sequence[int]
+    """Places of the b prompts in their batch."""
+    prompts: Prompts
+    cfg_strength: float
+    dtype: torch.dtype
+    """That of the policy's noise, in which its velocity is computed."""
+    sde: SDE
+    t: Tensor
+    """Float [K+1]: the grid."""
+    window: range
+    """The W steps of the grid that were random."""
+    states: Tensor
+    """Float [W+1, b, T, M]: before the window, after its first step, ..."""
+    means: Tensor
+    """Float [W, b, T, M]: of what each step was drawn from."""
+    mean_log_probs: Tensor
+    """Float [W, b]: of each step, see sde.mean_log_prob."""
+
+
+@torch.no_grad()
+def sde_rollout(
+    policy: Policy,
+    prompts: Prompts,
+    *,
+    sde: SDE,
+    window: range,
+    steps: int = 16,
+    cfg_strength: float = 2.0,
+    sway_sampling_coef: float | None = -1.0,
+    method: str = "euler",
+    generator: Generators = None,
+    shared_prior: bool = False,
+) -> tuple[Rollout, list[Trajectory]]:
+    """Let the policy speak with noise in the steps of `window`; one trajectory for each total duration.
+
+    shared_prior: rollouts of one group begin at the same x_0, so that they differ by the window's noise only.
+    Everything else: see policy.rollout, whose noise x_0 is this one's for the same generator.
+    """
+    prompts = replace(prompts, durations_frames=policy.durations(prompts))
+    priors = item_generators(generator, len(prompts))
+    kicks = _seeded_by(priors)
+    if shared_prior and priors is not None and prompts.group_ids is not None:
+        ids = prompts.group_ids.tolist()
+        priors = [priors[ids.index(group)].clone_state() for group in ids]
+    mels: dict[int, Tensor] = {}
+    trajectories = []
+    with evaluating(policy):
+        t = policy.timesteps(steps, sway_sampling_coef=sway_sampling_coef)
+        for rows in rows_by_duration(prompts):
+            own = prompts.select(rows)
+            cond = policy.encode(own, cfg_strength=cfg_strength)
+            x0 = policy.prior(cond, _of(priors, rows))
+            noise = partial(_noise_like, x0, _of(kicks, rows))
+            velocity, moved = _velocity(policy, cond, x0.dtype), cond.generated
+            states, transitions = solve_sde(velocity, x0, t, sde, noise, window=window, moved=moved, method=method)
+            mel = policy.finalize(states[-1].to(x0.dtype), cond)
+            mels |= {row: mel[item, moved[item]] for item, row in enumerate(rows)}
+            visited = states[window.start : window.stop + 1]
+            drawn = zip(visited[1:], transitions, strict=True)
+            trajectories.append(
+                Trajectory(
+                    rows=rows,
+                    prompts=own,
+                    cfg_strength=cfg_strength,
+                    dtype=x0.dtype,
+                    sde=sde,
+                    t=t,
+                    window=window,
+                    states=torch.stack(visited),
+                    means=torch.stack([transition.mean for transition in transitions]),
+                    mean_log_probs=torch.stack([mean_log_prob(x, transition, moved) for x, transition in drawn]),
+                )
+            )
+    return collect_rollout(mels), trajectories
+
+
+def replay(policy: Policy | ReferencePolicy, trajectory: Trajectory) -> tuple[list[Transition], Tensor]:
+    """What `policy` (or the reference) would have drawn each step of the window from, and the frames that count.
+
+    With gradients where they are enabled and the policy has them; bool [b, T].
+    """
+    with evaluating(policy):
+        cond = policy.encode(trajectory.prompts, cfg_strength=trajectory.cfg_strength)
+        velocity = differentiated(_velocity(policy, cond, trajectory.dtype), checkpoint=True)
+        transitions = [
+            trajectory.sde.transition(x, velocity(x, trajectory.t[step]), trajectory.t, step, cond.generated)
+            for step, x in zip(trajectory.window, trajectory.states[:-1], strict=True)
+        ]
+    return transitions, cond.generated
+
+
+def _velocity(policy: Policy | ReferencePolicy, cond: Any, dtype: torch.dtype) -> Velocity:
+    """The policy's velocity in the dtype of x, computed in `dtype`, that of the policy's own noise."""
+    own = velocity_as_now(policy, cond)
+    if not isinstance(own, PureVelocity):
+        return lambda x, t: own(x.to(dtype), t).to(x.dtype)
+    return replace(own, function=lambda x, t, cond: own.function(x.to(dtype), t, cond).to(x.dtype))
+
+
+def _seeded_by(generators: Sequence[torch.Generator] | None) -> list[torch.Generator] | None:
+    """A generator for each one given, which stays as it is."""
+    if generators is None:
+        return None
+    seeds = [torch.randint(2**63 - 1, (), generator=g.clone_state(), device=g.device).item() for g in generators]
+    return [torch.Generator(g.device).manual_seed(int(seed)) for g, seed in zip(generators, seeds, strict=True)]
+
+
+def _of(generators: Sequence[torch.Generator] | None, rows: Sequence[int]) -> list[torch.Generator] | None:
+    return None if generators is None else [generators[row] for row in rows]
+
+
+def _noise_like(x0: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+    """Standard normal [b, T, M], at least float32, each item from its own generator."""
+    dtype = torch.promote_types(x0.dtype, torch.float32)
+    return item_noise([x0.shape[1]] * len(x0), x0.shape[2], generators, x0.device, dtype)

@@ -1,0 +1,239 @@
+"""From mel to sound: what the policy generated, as a reward model hears it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from rlhf_mel.flow.policy import Policy, rollout
+from rlhf_mel.flow.reference import ReferencePolicy
+from rlhf_mel.flow.sde import SDE
+from rlhf_mel.flow.sde_rollout import Trajectory, sde_rollout
+from rlhf_mel.masked import frame_mean, lengths_to_mask
+from rlhf_mel.rewards.combine import Rewards
+from rlhf_mel.speech.audio import frames_to_samples
+from rlhf_mel.types import Audio, Prompts, Rollout, Scores
+from rlhf_mel.vocoders import Vocoder
+
+
+def vocode(vocoder: Vocoder, rollout: Rollout) -> Audio:
+    """The rollout's waveform with its mel; gradients flow where the vocoder has them.
+
+    An item of T frames has (T - 1) * hop samples (mel kind `vocos`, see audio.frames_to_samples), zero beyond them.
+
+    Raises:
+        ValueError: the vocoder's waveform is too short for the mel.
+    """
+    waveform = vocoder(rollout.mel, rollout.lengths_frames)
+    lengths_samples = frames_to_samples(rollout.lengths_frames, vocoder.mel_spec)
+    needed = int(lengths_samples.max())
+    if waveform.shape[:1] != rollout.mel.shape[:1] or waveform.shape[1] < needed:
+        raise ValueError(
+            f"{type(vocoder).__name__}: expected a waveform [{len(rollout.mel)}, {needed} samples] for "
+            f"{rollout.mel.shape[1]} frames, got {tuple(waveform.shape)}"
+        )
+    waveform = waveform[:, :needed]
+    return Audio(
+        waveform=waveform.where(lengths_to_mask(lengths_samples, needed), 0.0),
+        lengths_samples=lengths_samples,
+        sample_rate_hz=vocoder.sample_rate_hz,
+        mel=rollout.mel,
+        lengths_frames=rollout.lengths_frames,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the policy is solved; the fields of `policy.rollout`."""
+
+    steps: int = 16
+    cfg_strength: float = 2.0
+    sway_sampling_coef: float | None = -1.0
+    method: str = "euler"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """From prompts to scores: the policy that is trained, and all that is frozen around it."""
+
+    policy: Policy
+    vocoder: Vocoder
+    rewards: Rewards
+    reference: ReferencePolicy | None
+    """The policy before training; None where nothing is anchored to it (beta = 0)."""
+    sampling: Sampling = Sampling()
+    reward_batch_size: int | None = None
+    """Rollouts that vocoder and rewards hear at once; None: all."""
+
+    def rollout(
+        self,
+        prompts: Prompts,
+        generator: torch.Generator,
+        *,
+        grad_steps: int,
+        jump_from: int | None = None,
+    ) -> tuple[Rollout, Tensor]:
+        """Rollout whose last `grad_steps` steps carry gradients, and its anchor [B] over those steps.
+
+        jump_from: solve up to this step of the grid, then take one straight step to the end of the flow, to
+            x + (1 - t) v(x, t); None: solve to the end.
+        """
+        view = _View(self.policy, self.reference, jump_from)
+        spoken = rollout(
+            view,
+            prompts,
+            generator=generator,
+            grad_steps=grad_steps,
+            checkpoint=grad_steps > 1,  # one step's graph is all that is ever held, kept or recomputed
+            **dataclasses.asdict(self.sampling),
+        )
+        _check_finite(spoken.mel)
+        if self.reference is None:
+            return spoken, spoken.mel.new_zeros(len(prompts))
+        mel, rate = spoken.mel[..., :-1], spoken.mel[..., -1]
+        times = view.timesteps(self.sampling.steps, sway_sampling_coef=self.sampling.sway_sampling_coef)
+        duration = times[-1] - times[-1 - grad_steps]
+        return dataclasses.replace(spoken, mel=mel), frame_mean(rate, spoken.lengths_frames) / duration
+
+    def sample(self, prompts: Prompts, generator: torch.Generator) -> Rollout:
+        """Rollout without gradients."""
+        spoken = rollout(self.policy, prompts, generator=generator, grad_steps=0, **dataclasses.asdict(self.sampling))
+        _check_finite(spoken.mel)
+        return spoken
+
+    def sde_rollout(
+        self, prompts: Prompts, generator: torch.Generator, *, sde: SDE, window: range, shared_prior: bool = False
+    ) -> tuple[Rollout, list[Trajectory]]:
+        """Rollout without gradients whose steps in `window` are random, and the probabilities of those steps."""
+        spoken, trajectories = sde_rollout(
+            self.policy,
+            prompts,
+            sde=sde,
+            window=window,
+            shared_prior=shared_prior,
+            generator=generator,
+            **dataclasses.asdict(self.sampling),
+        )
+        _check_finite(spoken.mel)
+        return spoken, trajectories
+
+    def score(self, spoken: Rollout, prompts: Prompts) -> Scores:
+        """What the rewards say of a rollout, in float32 whatever the autocast around it.
+
+        In parts of `reward_batch_size`, of which backward() holds the graph of one at a time and computes it again.
+        """
+        with torch.autocast(spoken.mel.device.type, enabled=False):
+            spoken = dataclasses.replace(spoken, mel=spoken.mel.float())
+            parts = torch.arange(len(prompts)).split(self.reward_batch_size or len(prompts))
+            if len(parts) == 1:
+                return self.rewards(vocode(self.vocoder, spoken), prompts)
+            scores = [self._score_part(spoken, prompts, rows.tolist()) for rows in parts]
+        breakdown = {name: torch.cat([score.breakdown[name] for score in scores]) for name in self.rewards.names}
+        return Scores(total=torch.cat([score.total for score in scores]), breakdown=breakdown)
+
+    def _score_part(self, spoken: Rollout, prompts: Prompts, rows: list[int]) -> Scores:
+        lengths = spoken.lengths_frames[rows]
+        chosen = prompts.select(rows)
+
+        def score(mel: Tensor) -> Scores:
+            return self.rewards(vocode(self.vocoder, Rollout(mel=mel, lengths_frames=lengths)), chosen)
+
+        mel = spoken.mel[rows, : int(lengths.max())]
+        return recompute(score, mel, use_reentrant=False) if mel.requires_grad else score(mel)
+
+
+def _check_finite(mel: Tensor) -> None:
+    if not bool(torch.isfinite(mel).all()):
+        raise FloatingPointError(
+            "the policy generated a mel that is not finite: expected numbers, got NaN or infinity; lower "
+            "learning_rate or raise beta, and start again from the last checkpoint"
+        )
+
+
+def require_reward_gradient(name: str, pipeline: Pipeline) -> None:
+    """Raise if the vocoder or a reward has no gradient; `name` is the algorithm's."""
+    weighted = zip(pipeline.rewards.models, pipeline.rewards.weights, strict=True)
+    parts = {f"reward {model.name!r}": model.differentiable for model, weight in weighted if weight != 0}
+    parts["the vocoder"] = pipeline.vocoder.differentiable
+    lacking = [part for part, differentiable in parts.items() if not differentiable]
+    if lacking:
+        raise ValueError(
+            f"algorithm {name!r} follows the gradient of the reward through the waveform: expected every part to be "
+            f"differentiable, got {' and '.join(lacking)} without a gradient; choose another, or an algorithm that "
+            "needs none"
+        )
+
+
+class _Condition(NamedTuple):
+    policy: Any
+    reference: Any
+    generated: Tensor
+
+
+class _View(nn.Module):
+    """The policy, with the anchor as one more channel of its state, or with a grid cut short, or both.
+
+    The channel is da/dt = mean_M |v - v_ref|^2, a(0) = 0, where gradients flow, and 0 elsewhere: the solver
+    integrates it with the mel, under its truncation, checkpoints and grouping (as the kinetic energy of Finlay et
+    al. 2020, arXiv 2002.02798). The reference is differentiated by the state where the state has a gradient.
+    """
+
+    def __init__(self, policy: Policy, reference: ReferencePolicy | None, jump_from: int | None) -> None:
+        super().__init__()
+        self.policy = policy
+        self.reference = reference
+        self.jump_from = jump_from
+
+    def durations(self, prompts: Prompts) -> Tensor:
+        return self.policy.durations(prompts)
+
+    def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> Any:
+        cond = self.policy.encode(prompts, cfg_strength=cfg_strength)
+        if self.reference is None:
+            return cond
+        return _Condition(cond, self.reference.encode(prompts, cfg_strength=cfg_strength), cond.generated)
+
+    def prior(self, cond: Any, generator: Any = None) -> Tensor:
+        if self.reference is None:
+            return self.policy.prior(cond, generator)
+        return F.pad(self.policy.prior(cond.policy, generator), (0, 1))
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        if self.reference is None:
+            return self.policy.velocity(x, t, cond)
+        mel = x[..., :-1]
+        v = self.policy.velocity(mel, t, cond.policy)
+        v_ref = self.reference.velocity(mel, t, cond.reference)
+        return torch.cat([v, (v - v_ref).square().mean(-1, keepdim=True)], dim=-1)
+
+    def velocity_without_gradient(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        """In the steps that are not trained: the anchor stands still."""
+        if self.reference is None:
+            return self.velocity(x, t, cond)
+        return F.pad(self.policy.velocity(x[..., :-1], t, cond.policy), (0, 1))
+
+    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
+        times = self.policy.timesteps(steps, sway_sampling_coef=sway_sampling_coef)
+        return times if self.jump_from is None else torch.cat([times[: self.jump_from + 1], times[-1:]])
+
+    def finalize(self, x1: Tensor, cond: Any) -> Tensor:
+        if self.reference is None:
+            return self.policy.finalize(x1, cond)
+        return torch.cat([self.policy.finalize(x1[..., :-1], cond.policy), x1[..., -1:]], dim=-1)
+
+
+def require_gradient(sampler: str, vocoder: Vocoder, rewards: Rewards) -> None:
+    """Raise unless the score has a gradient by the mel."""
+    if not rewards.differentiable or not vocoder.differentiable:
+        lacking = [model.name for model in rewards.models if not model.differentiable]
+        raise ValueError(
+            f"{sampler} follows the gradient of the reward through the waveform: expected a vocoder and rewards with "
+            f"one, got {'no gradient of the vocoder' if not vocoder.differentiable else f'none of {lacking}'}; choose "
+            "others, or best-of-N, which needs none"
+        )

@@ -1,0 +1,72 @@
+"""Best-of-N: speak every prompt N times and keep what the rewards like best.
+
+    i* = argmax_i r(vocoder(x_1^i)),   x_0^1 ... x_0^N ~ N(0, I) independent
+
+No training, no gradient, any reward; N times the cost of inference. What it generates has the density
+N p(x) F(r(x))^(N-1), F the distribution function of the rewards, and a divergence to p of log N - (N - 1) / N at most
+(equal for continuous rewards; Beirami et al. 2024, arXiv 2401.01879): the line that a trained policy has to beat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_mel.flow.noise import Generators, item_generators
+from rlhf_mel.flow.policy import Policy, rollout
+from rlhf_mel.pipeline import vocode
+from rlhf_mel.rewards.combine import Rewards
+from rlhf_mel.types import Prompts, Rollout
+from rlhf_mel.vocoders import Vocoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfN:
+    """A sampler: `evaluate(..., sampler=BestOfN(vocoder=..., rewards=..., n=8))`."""
+
+    vocoder: Vocoder
+    rewards: Rewards
+    """The judge of the choice; to be another than the judge of the result, or the result says little."""
+    n: int = 8
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.n, int) or self.n < 1:
+            raise ValueError(f"n of best-of-N: expected a whole number of at least 1, got {self.n!r}")
+
+    @torch.no_grad()
+    def __call__(self, policy: Policy, prompts: Prompts, *, generator: Generators = None, **options: Any) -> Rollout:
+        """The best of N rollouts of each prompt, one pass of the batch after another; options: of policy.rollout.
+
+        The first is the rollout without a choice, for the same generator. A rollout without a finite total is worse
+        than any other.
+        """
+        best, best_total = None, torch.tensor(-torch.inf)
+        for own in candidate_generators(item_generators(generator, len(prompts)), self.n):
+            spoken = rollout(policy, prompts, generator=own, grad_steps=0, **options)
+            total = self.rewards(vocode(self.vocoder, spoken), prompts).total
+            total = total.where(total.isfinite(), -torch.inf)
+            best = spoken if best is None else better(best, spoken, total > best_total)
+            best_total = torch.maximum(total, best_total.to(total))
+        assert best is not None
+        return best
+
+
+def better(kept: Rollout, other: Rollout, chosen: Tensor) -> Rollout:
+    """`other` in the rows that are `chosen`, bool [B]; both are of the same prompts, so of the same lengths."""
+    return Rollout(other.mel.where(chosen[:, None, None], kept.mel), kept.lengths_frames)
+
+
+def candidate_generators(generators: list[torch.Generator] | None, n: int) -> list[list[torch.Generator] | None]:
+    """N lists of a generator for each item: first those given, then N - 1 that they seed."""
+    if generators is None:
+        return [None] * n
+    seeds = [torch.randint(2**63 - 1, (n - 1,), generator=g.clone_state(), device=g.device) for g in generators]
+    own = [(g, *_seeded(g.device, row.tolist())) for g, row in zip(generators, seeds, strict=True)]
+    return [list(candidate) for candidate in zip(*own, strict=True)]
+
+
+def _seeded(device: torch.device, seeds: list[int]) -> list[torch.Generator]:
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]

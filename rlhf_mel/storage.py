@@ -1,0 +1,39 @@
+"""Files: those of this package, written whole or not at all, downloaded from the hub with a clear error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+"""The bundled models and prompts."""
+
+
+def download(repo: str, filename: str, *, remedy: str) -> Path:
+    """One file of a hub repository, from the cache where it is there.
+
+    Raises:
+        FileNotFoundError: the file is neither in the cache nor to be had; says why, and offers `remedy`.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(hf_hub_download(repo, filename))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"{repo}/{filename}: expected it on the Hugging Face hub or in its cache, got {type(error).__name__}:"
+            f" {reason} Connect once to download it (and unset HF_HUB_OFFLINE), or use {remedy}"
+        ) from error
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write to a temporary file beside `path`, then rename: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,345 @@
+"""RLHFConfig: one dataclass for a run, in the words of TRL and transformers; its defaults are the bundled models.
+
+`RLHFConfig` extends `transformers.TrainingArguments`; LoRA comes from TRL's `ModelConfig`. Both are filled by
+`parse_arguments` from YAML (`--config file.yaml`) and from the command line over it. An unknown key, algorithm or
+reward is an error that names what was expected, before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig
+from transformers import TrainingArguments
+
+from rlhf_mel.algorithms.base import algorithm_class, load_algorithm
+from rlhf_mel.rewards.load import known_rewards
+
+OF_LANGUAGE_MODELS = ("neftune_noise_alpha", "label_smoothing_factor", "use_liger_kernel", "train_sampling_strategy")
+"""Options of transformers that nothing here reads; a run that sets them is refused."""
+
+
+SHARED_OPTIONS = ("epsilon", "epsilon_high", "scale_rewards", "multi_objective_aggregation")
+"""Options that algorithms have in common with TRL's GRPOConfig: fields of the run, handed to the algorithm's Config."""
+
+
+NOT_SAVED = frozenset({"hub_token", "local_rank", "debug", "include_num_input_tokens_seen"})
+"""A secret, the launcher's, and two whose defaults the command line gives in another form."""
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text.replace("%", "%%")}
+
+
+@dataclass
+class RLHFConfig(TrainingArguments):
+    """A run of `RLHFTrainer`. Every field of `TrainingArguments` works too; those below differ or are new."""
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012, not annotated: a dataclass would make it a field
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "algorithm_kwargs",
+        "prompt_columns",
+    ]
+
+    policy: str = field(
+        default="tiny",
+        metadata=_help("Flow to fine-tune: 'tiny' (bundled), a published name ('F5TTS_v1_Base'), a folder or a file."),
+    )
+    policy_model: str | None = field(
+        default=None, metadata=_help("For a weight file of F5-TTS: the published model it is or was tuned from.")
+    )
+    policy_vocab: str | None = field(
+        default=None, metadata=_help("For a weight file of F5-TTS: its vocab.txt; default: the one beside it.")
+    )
+    vocoder: str = field(default="tiny", metadata=_help("Mel to waveform, frozen: 'tiny', 'griffin_lim', path."))
+    recognizer: str = field(
+        default="tiny", metadata=_help("Listens in the evaluation (error rate, voice): 'tiny', path or 'none'.")
+    )
+    train_prompts: str = field(
+        default="tiny",
+        metadata=_help("'tiny', a list (JSONL, CSV, .lst), a folder with train.jsonl, or 'hf://datasets/OWNER/NAME'."),
+    )
+    eval_prompts: str = field(
+        default="tiny",
+        metadata=_help("'tiny', a list, a folder with heldout.jsonl, or 'hf://datasets/OWNER/NAME'."),
+    )
+    dataset_train_split: str = field(default="train", metadata=_help("Split of hf:// prompts to train on."))
+    dataset_test_split: str = field(default="test", metadata=_help("Split of hf:// prompts to evaluate on."))
+    prompt_columns: dict[str, str] | str | None = field(
+        default=None, metadata=_help('Our names of columns to theirs, as JSON: \'{"text": "sentence"}\'.')
+    )
+    prepare_references: bool = field(
+        default=False, metadata=_help("Shorten, trim and raise reference clips as F5-TTS's inference does.")
+    )
+    duration_rule: str = field(
+        default="policy", metadata=_help("Where a prompt has no duration_s: 'policy', or 'f5', F5-TTS's inference.")
+    )
+    num_eval_prompts: int = field(
+        default=8,
+        metadata=_help("Held-out prompts heard before and after training, from the first on; 0: none."),
+    )
+
+    noise_floor: bool = field(
+        default=True,
+        metadata=_help(
+            "Before training, hear held-out prompts with a second sampling seed too: how far chance moves a measure."
+        ),
+    )
+
+    reward_models: list[str] = field(
+        default_factory=lambda: ["mos"],
+        metadata=_help("Rewards by name (reward_models/NAME.py) or 'package.module:Name'."),
+    )
+    reward_weights: list[float] | None = field(default=None, metadata=_help("One weight a reward; default: 1 each."))
+    algorithm: str = field(
+        default="draft", metadata=_help("A file of rlhf_mel/algorithms: 'draft', 'refl', 'flow_grpo', ...")
+    )
+    algorithm_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata=_help("Options of the algorithm's own Config, as JSON: '{\"grad_steps\": 4}'.")
+    )
+    beta: float | None = field(
+        default=None,
+        metadata=_help(
+            "Weight of what ties the policy to the reference; 0: no reference is kept (as in TRL); default: the "
+            "algorithm's own."
+        ),
+    )
+    num_iterations: int = field(
+        default=1, metadata=_help("Updates that learn from the same rollouts (as in TRL), where there are rollouts.")
+    )
+    epsilon: float | None = field(
+        default=None, metadata=_help("How far below 1 a probability ratio counts; default: the algorithm's own.")
+    )
+    epsilon_high: float | None = field(
+        default=None, metadata=_help("How far above 1 a probability ratio counts; default: epsilon.")
+    )
+    scale_rewards: str | None = field(
+        default=None,
+        metadata=_help("Rewards are divided by the deviation of their 'group', of the 'batch', or by 'none'."),
+    )
+    multi_objective_aggregation: str | None = field(
+        default=None,
+        metadata=_help("Several rewards: 'sum_then_normalize', or 'normalize_then_sum', each by its own deviation."),
+    )
+    num_generations: int = field(
+        default=1, metadata=_help("Rollouts of one prompt in a batch; divides per_device_train_batch_size.")
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata=_help(
+            "Decay an update of an average of the trained weights, evaluated and saved beside them (policy_ema/); "
+            "default: none is kept, flow_grpo: 0.9."
+        ),
+    )
+
+    sampling_steps: int = field(default=16, metadata=_help("Steps of the ODE solve, in training and evaluation."))
+    cfg_strength: float = field(default=2.0, metadata=_help("Classifier-free guidance; 0: none, F5-TTS: 2."))
+    train_cfg_strength: float | None = field(
+        default=None,
+        metadata=_help(
+            "Guidance of training rollouts; default: cfg_strength. Without (0), training costs half, and Flow-GRPO "
+            "and FlowTTS-GRPO found it to learn faster."
+        ),
+    )
+    sway_sampling_coef: float | None = field(
+        default=-1.0, metadata=_help("Sway of the time grid, F5-TTS: -1; None: uniform.")
+    )
+    solver: str = field(default="euler", metadata=_help("Method of the ODE solve: 'euler', 'midpoint', ..."))
+
+    reward_batch_size: int | None = field(
+        default=None,
+        metadata=_help("Rollouts that vocoder and rewards hear at once, to save memory; default: all of the batch."),
+    )
+    torch_compile: bool = field(
+        default=False,
+        metadata=_help(
+            "Compile the policy's repeated blocks, and nothing else: half a minute at first; pays on a GPU from the "
+            "size of F5TTS_v1_Base on."
+        ),
+    )
+    cuda_graphs: bool | None = field(
+        default=None,
+        metadata=_help(
+            "Velocities, and gradients of lengths that come often, as CUDA graphs, which keep the memory of the "
+            "largest; default: on a GPU."
+        ),
+    )
+    cpu_threads: int | None = field(
+        default=None,
+        metadata=_help("Threads a process on a CPU; default: the cores there are, at most 8. (accelerate allows 1.)"),
+    )
+    output_dir: str = field(  # type: ignore[assignment]
+        default="runs/demo", metadata=_help("Everything a run writes: samples, checkpoints, report.html, policy/.")
+    )
+    learning_rate: float = field(default=1e-5, metadata=_help("Peak learning rate of AdamW."))
+    max_steps: int = field(default=20, metadata=_help("Updates."))
+    per_device_train_batch_size: int = field(default=4, metadata=_help("Rollouts a device and update."))
+    warmup_steps: float = field(default=0, metadata=_help("Updates of linear warm-up (below 1: share of all)."))
+    lr_scheduler_type: str = field(default="constant", metadata=_help("Learning rate schedule."))  # type: ignore[assignment]
+    logging_steps: float = field(default=1, metadata=_help("Updates between two log lines."))
+    save_strategy: str = field(default="steps", metadata=_help("When to write checkpoints."))  # type: ignore[assignment]
+    save_steps: float = field(default=100, metadata=_help("Updates between two checkpoints."))
+    save_total_limit: int | None = field(default=1, metadata=_help("Checkpoints to keep."))
+    # In this order: HfArgumentParser takes the second of three types.
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="none", metadata=_help("Trackers: wandb, tensorboard, ...")
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata=_help("Prompts carry every column to the rewards: must stay False.")
+    )
+    dataloader_pin_memory: bool = field(default=False, metadata=_help("Batches are small; nothing to gain."))
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata=_help("Every parameter takes part in every velocity.")
+    )
+
+    def __post_init__(self) -> None:
+        self._as_given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        if self.beta is None:
+            self.beta = algorithm_class(self.algorithm).default_beta
+        _check_numbers(self)
+        _check_schedule(self)
+        self.reward_models = list(self.reward_models)
+        # Without this, transformers takes the processes of a data-parallel run on CPUs for runs of their own.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        # transformers would compile the whole update, and recompile it for every length
+        self.compile_policy, self.torch_compile = self.torch_compile, False
+        if self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError(
+                "torch_compile_backend and torch_compile_mode: expected none, the policy's blocks are compiled by "
+                f"inductor; got {self.torch_compile_backend!r} and {self.torch_compile_mode!r}; remove them"
+            )
+        super().__post_init__()
+        # transformers would ask the model for what every solve does as it is: velocities run again in backward()
+        self.gradient_checkpointing = self.activation_checkpointing = False
+        _check_inherited(self)
+        _check_rewards(self.reward_models, self.reward_weights)
+        load_algorithm(self.algorithm, self.algorithm_options, beta=self.beta or 0.0)
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns must be False: rewards read prompt columns that the policy does not; "
+                "got True; remove the option"
+            )
+
+    @property
+    def algorithm_options(self) -> Mapping[str, Any]:
+        """`algorithm_kwargs` as a mapping, and those of SHARED_OPTIONS that were given."""
+        options = self.algorithm_kwargs or {}
+        if not isinstance(options, Mapping):
+            raise ValueError(
+                f"algorithm_kwargs must be a mapping: expected e.g. '{{\"grad_steps\": 4}}', got {options!r}"
+            )
+        shared = {name: getattr(self, name) for name in SHARED_OPTIONS if getattr(self, name) is not None}
+        if twice := sorted(shared.keys() & options.keys()):
+            raise ValueError(f"{twice} given twice: expected one value, got algorithm_kwargs with a second; remove it")
+        return {**shared, **options}
+
+
+def _check_inherited(config: RLHFConfig) -> None:
+    """Raise where an option of transformers is set that has no meaning for rollouts of mels."""
+    for own in dataclasses.fields(config):
+        value = getattr(config, own.name)
+        if own.name in OF_LANGUAGE_MODELS and value != own.default:
+            raise ValueError(f"{own.name} is of language models: expected {own.default!r}, got {value!r}; remove it")
+    accelerator: Any = config.accelerator_config
+    if accelerator.dispatch_batches:
+        raise ValueError(
+            "accelerator_config: expected dispatch_batches off, as each process draws its own prompts, got True; "
+            "remove it"
+        )
+
+
+def _check_numbers(config: RLHFConfig) -> None:
+    """Raise on the first of our own numbers that is of the wrong kind or out of range."""
+    for name, least in (("num_eval_prompts", 0), ("num_generations", 1), ("num_iterations", 1), ("sampling_steps", 1)):
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    size = config.reward_batch_size
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(f"reward_batch_size must be a whole number of at least 1, or None for all, got {size!r}")
+    for name in ("beta", "cfg_strength", "train_cfg_strength"):
+        value = getattr(config, name)
+        if value is None and name == "train_cfg_strength":
+            continue
+        if not isinstance(value, int | float) or value < 0:
+            raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+    decay = config.ema_decay
+    if decay is not None and (not isinstance(decay, int | float) or not 0 <= decay < 1):
+        raise ValueError(f"ema_decay must be a number of at least 0 and below 1, got {decay!r}")
+    if config.per_device_train_batch_size % config.num_generations:
+        raise ValueError(
+            "per_device_train_batch_size counts rollouts and must be a multiple of num_generations: got "
+            f"{config.per_device_train_batch_size} and {config.num_generations}; raise the batch size or use "
+            "gradient_accumulation_steps"
+        )
+
+
+def _check_schedule(config: RLHFConfig) -> None:
+    """Raise if groups or checkpoints do not fit what the algorithm learns from."""
+    if config.num_generations < 2 and algorithm_class(config.algorithm).needs_groups:
+        raise ValueError(
+            f"algorithm {config.algorithm!r} compares rollouts of one prompt: expected num_generations of at least 2, "
+            f"got {config.num_generations}; 8 is a good start"
+        )
+    if config.save_strategy == "steps" and config.save_steps >= 1 and config.save_steps % config.num_iterations:
+        raise ValueError(
+            "a checkpoint between updates that share rollouts cannot be resumed exactly: expected save_steps to be a "
+            f"multiple of num_iterations, got {config.save_steps:g} and {config.num_iterations}"
+        )
+
+
+def _check_rewards(names: Sequence[str], weights: Sequence[float] | None) -> None:
+    """Raise if there is no reward, an unknown one, or not one weight a reward."""
+    if not names:
+        raise ValueError("reward_models is empty: expected at least one reward, e.g. --reward_models mos")
+    if unknown := [name for name in names if ":" not in name and name not in known_rewards()]:
+        raise ValueError(
+            f"unknown reward {unknown}: expected some of {known_rewards()}, or 'package.module:Name' for your own"
+        )
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(
+            f"reward_weights needs one weight a reward: expected {len(names)} for {list(names)}, got {list(weights)}"
+        )
+
+
+def resolved(config: RLHFConfig, peft_config: LoraConfig | None = None) -> dict[str, Any]:
+    """What reproduces a run by `--config`: our own fields, and each inherited one that was given another value."""
+    # Not by comparison with a second RLHFConfig(): a new TrainingArguments resets Accelerate under a running trainer.
+    own = RLHFConfig.__annotations__
+    values = {name: value for name, value in config.to_dict().items() if name in own}
+    fields = dataclasses.fields(TrainingArguments)
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields}
+    given = {
+        name: value
+        for name, value in config._as_given.items()
+        if name not in own and value != defaults[name] and name not in NOT_SAVED
+    }
+    return values | given | _lora_fields(peft_config)
+
+
+def _lora_fields(peft_config: LoraConfig | None) -> dict[str, Any]:
+    """The fields of TRL's `ModelConfig` that make `peft_config`."""
+    if peft_config is None:
+        return {}
+    targets = peft_config.target_modules
+    return {
+        "use_peft": True,
+        "lora_r": peft_config.r,
+        "lora_alpha": peft_config.lora_alpha,
+        "lora_dropout": peft_config.lora_dropout,
+        "lora_target_modules": sorted(targets) if isinstance(targets, set | list) else targets,
+        "lora_modules_to_save": peft_config.modules_to_save,
+        "use_rslora": peft_config.use_rslora,
+        "use_dora": peft_config.use_dora,
+    }
+
+
+def save_config(path: Path, config: RLHFConfig, peft_config: LoraConfig | None = None) -> None:
+    """Write `resolved` as YAML."""
+    path.write_text(yaml.safe_dump(resolved(config, peft_config), sort_keys=False, allow_unicode=True))

@@ -1,0 +1,38 @@
+"""The loss of an update as a module: what Accelerate wraps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_mel.algorithms.base import Algorithm
+from rlhf_mel.metrics import Metrics
+from rlhf_mel.pipeline import Pipeline
+from rlhf_mel.types import Prompts
+
+
+class UpdateLoss(nn.Module):
+    """The loss of an update as a module: what Accelerate wraps. Its only child is the policy."""
+
+    accepts_loss_kwargs = False  # a mean over the batch: the Trainer divides it by gradient_accumulation_steps
+
+    def __init__(self, algorithm: Algorithm, pipeline: Pipeline) -> None:
+        super().__init__()
+        self.policy = pipeline.policy
+        self.algorithm = algorithm
+        self.pipeline = pipeline  # no nn.Module: whatever is frozen stays out of parameters() and state_dict()
+
+    @torch.no_grad()
+    def collect(self, prompts: Prompts, noise_seed: int) -> Any:
+        return self.algorithm.collect(self.pipeline, prompts, _generator(noise_seed))
+
+    def forward(self, collected: Any, noise_seed: int) -> dict[str, Tensor | Metrics]:
+        loss, metrics = self.algorithm.loss(self.pipeline, collected, _generator(noise_seed))
+        return {"loss": loss, "metrics": metrics}
+
+
+def _generator(seed: int) -> torch.Generator:
+    """On the CPU, so that a seed means the same noise on every device."""
+    return torch.Generator().manual_seed(seed)
