@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint as recompute
 
-from rlhf_mel.flow.policy import Policy, rollout
+from rlhf_mel.flow.policy import Policy, PolicyWrapper, pure_velocity, rollout
+from rlhf_mel.flow.recompute import PureVelocity, Rerun, Velocity, Weights, pull_back
 from rlhf_mel.flow.reference import ReferencePolicy
 from rlhf_mel.flow.sde import SDE
 from rlhf_mel.flow.sde_rollout import Trajectory, sde_rollout
@@ -84,7 +88,8 @@ class Pipeline:
         jump_from: solve up to this step of the grid, then take one straight step to the end of the flow, to
             x + (1 - t) v(x, t); None: solve to the end.
         """
-        view = _View(self.policy, self.reference, jump_from)
+        view = self.policy if jump_from is None else JumpingPolicy(self.policy, jump_from)
+        view = view if self.reference is None else AnchoredPolicy(view, self.reference)
         spoken = rollout(
             view,
             prompts,
@@ -170,62 +175,92 @@ def require_reward_gradient(name: str, pipeline: Pipeline) -> None:
         )
 
 
-class _Condition(NamedTuple):
+class JumpingPolicy(PolicyWrapper):
+    """The policy on a grid that jumps from step `jump_from` to the end of the flow."""
+
+    def __init__(self, policy: Policy, jump_from: int) -> None:
+        super().__init__(policy)
+        self.jump_from = jump_from
+
+    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
+        times = super().timesteps(steps, sway_sampling_coef=sway_sampling_coef)
+        return torch.cat([times[: self.jump_from + 1], times[-1:]])
+
+
+class AnchoredCondition(NamedTuple):
+    """Conditions of a policy and of its reference."""
+
     policy: Any
     reference: Any
     generated: Tensor
+    """Bool [B, T]."""
 
 
-class _View(nn.Module):
-    """The policy, with the anchor as one more channel of its state, or with a grid cut short, or both.
+class AnchoredPolicy(PolicyWrapper):
+    """The policy with the anchor as one more channel of its state.
 
     The channel is da/dt = mean_M |v - v_ref|^2, a(0) = 0, where gradients flow, and 0 elsewhere: the solver
     integrates it with the mel, under its truncation, checkpoints and grouping (as the kinetic energy of Finlay et
     al. 2020, arXiv 2002.02798). The reference is differentiated by the state where the state has a gradient.
     """
 
-    def __init__(self, policy: Policy, reference: ReferencePolicy | None, jump_from: int | None) -> None:
-        super().__init__()
-        self.policy = policy
+    def __init__(self, policy: Policy, reference: ReferencePolicy) -> None:
+        super().__init__(policy)
         self.reference = reference
-        self.jump_from = jump_from
 
-    def durations(self, prompts: Prompts) -> Tensor:
-        return self.policy.durations(prompts)
+    def inner(self, cond: AnchoredCondition) -> Any:
+        return cond.policy
 
-    def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> Any:
+    def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> AnchoredCondition:
         cond = self.policy.encode(prompts, cfg_strength=cfg_strength)
-        if self.reference is None:
-            return cond
-        return _Condition(cond, self.reference.encode(prompts, cfg_strength=cfg_strength), cond.generated)
+        return AnchoredCondition(cond, self.reference.encode(prompts, cfg_strength=cfg_strength), cond.generated)
 
-    def prior(self, cond: Any, generator: Any = None) -> Tensor:
-        if self.reference is None:
-            return self.policy.prior(cond, generator)
-        return F.pad(self.policy.prior(cond.policy, generator), (0, 1))
+    def prior(self, cond: AnchoredCondition, generator: Any = None) -> Tensor:
+        return F.pad(super().prior(cond, generator), (0, 1))
 
-    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        if self.reference is None:
-            return self.policy.velocity(x, t, cond)
+    def velocity(self, x: Tensor, t: Tensor, cond: AnchoredCondition) -> Tensor:
         mel = x[..., :-1]
         v = self.policy.velocity(mel, t, cond.policy)
         v_ref = self.reference.velocity(mel, t, cond.reference)
         return torch.cat([v, (v - v_ref).square().mean(-1, keepdim=True)], dim=-1)
 
-    def velocity_without_gradient(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        """In the steps that are not trained: the anchor stands still."""
-        if self.reference is None:
-            return self.velocity(x, t, cond)
+    def velocity_without_gradient(self, x: Tensor, t: Tensor, cond: AnchoredCondition) -> Tensor:
+        """In the steps that are not trained the anchor stands still."""
         return F.pad(self.policy.velocity(x[..., :-1], t, cond.policy), (0, 1))
 
-    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
-        times = self.policy.timesteps(steps, sway_sampling_coef=sway_sampling_coef)
-        return times if self.jump_from is None else torch.cat([times[: self.jump_from + 1], times[-1:]])
+    def velocity_as_now(self, cond: AnchoredCondition) -> Velocity:
+        own, plain = super().velocity_as_now(cond), pure_velocity(self, cond)
+        if not (isinstance(own, PureVelocity) and own.fast):
+            return plain  # differentiated by autograd, the policy runs once less
+        return replace(plain, differentiate=partial(self._differentiate, own))
 
-    def finalize(self, x1: Tensor, cond: Any) -> Tensor:
-        if self.reference is None:
-            return self.policy.finalize(x1, cond)
-        return torch.cat([self.policy.finalize(x1[..., :-1], cond.policy), x1[..., -1:]], dim=-1)
+    def _differentiate(
+        self, own: PureVelocity, run: Rerun, leaves: Sequence[Any], weights: Weights, cotangent: Tensor
+    ) -> list[Tensor | None]:
+        """With g the cotangent of v and h that of the anchor's rate, the product is that of v with g + p, and of v_ref
+
+        with -p, where p = 2 h (v - v_ref) / M; leaves are those of (x, t, cond).
+        """
+        x, t, cond = tree_unflatten(leaves, run.structure)
+        inside: Any = super().velocity_as_now(cond)
+        own = replace(own, cond=inside.cond)  # the leaves; all else is as it was in the solve
+        mel = x[..., :-1].detach().requires_grad_(x.requires_grad)
+        with run.autocast(), torch.no_grad():
+            v = own.function(mel, t, own.cond)
+        with run.autocast(), torch.set_grad_enabled(x.requires_grad):
+            v_ref = self.reference.velocity(mel, t, cond.reference)
+        push = 2 * cotangent[..., -1:] * (v - v_ref.detach()).to(x.dtype) / mel.shape[-1]
+        found = pull_back(own, (mel, t, own.cond), run.autocast, weights, cotangent[..., :-1] + push)
+        known = [leaf for leaf in tree_leaves((mel, t, own.cond)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        of = dict(zip(map(id, known), found, strict=True))
+        if x.requires_grad:
+            (of_reference,) = torch.autograd.grad(v_ref, mel, -push.to(v_ref.dtype))
+            own_share = of[id(mel)]
+            of[id(x)] = F.pad(of_reference if own_share is None else own_share + of_reference, (0, 1))
+        return [of.get(id(leaf)) for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+    def finalize(self, x1: Tensor, cond: AnchoredCondition) -> Tensor:
+        return torch.cat([super().finalize(x1[..., :-1], cond), x1[..., -1:]], dim=-1)
 
 
 def require_gradient(sampler: str, vocoder: Vocoder, rewards: Rewards) -> None:

@@ -295,6 +295,11 @@ class CFM(nn.Module):
         prompted, free = (cond._replace(known=known, text=text, mask=mask, guidance=0.0) for known, text in halves)
         return [(prompted, 1.0 + cond.guidance), (free, -cond.guidance)]
 
+    @property
+    def fast_gradients(self) -> bool:
+        """Whether gradients come from CUDA graphs; see `speed_up`."""
+        return self.fast is not None and self.fast.has_gradients
+
     def differentiate(
         self, run: recompute.Rerun, leaves: Sequence[Any], weights: recompute.Weights, cotangent: Tensor
     ) -> Sequence[Tensor | None]:

@@ -9,7 +9,7 @@ truncation and the reference policy are written once, for all of them. Time conv
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_mel.flow.noise import Generators, item_generators
 from rlhf_mel.flow.ode import GradSteps, solve
-from rlhf_mel.flow.recompute import PureVelocity, Velocity
+from rlhf_mel.flow.recompute import PureVelocity, Rerun, Velocity, Weights
 from rlhf_mel.modules import keep_mode, modules_of, set_modes, weights_of
 from rlhf_mel.types import Prompts, Rollout
 
@@ -59,6 +59,68 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class FastGradients(Protocol):
+    """What a policy may have besides: a way to the gradient of its velocity that is sooner than autograd's."""
+
+    @property
+    def fast_gradients(self) -> bool:
+        """Whether that way is open now; else `differentiate` is not called."""
+        ...
+
+    def velocity_terms(self, cond: Any) -> list[tuple[Any, float]]:
+        """[(part of cond, factor)]: dx/dt is the sum of factor * velocity(x, t, part). One at a time saves memory."""
+        ...
+
+    def differentiate(
+        self, run: Rerun, leaves: Sequence[Any], weights: Weights, cotangent: Tensor
+    ) -> Sequence[Tensor | None]:
+        """`recompute.differentiate` for this policy's velocity in eval mode."""
+        ...
+
+
+class PolicyWrapper(nn.Module):
+    """A policy around another one, and a Policy itself: what a subclass does not change is the other's.
+
+    A subclass whose condition holds more than the other's says by `inner` where that is. One that changes the velocity
+    says by `velocity_as_now` how its gradient still gets the other's fast way.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def inner(self, cond: Any) -> Any:
+        """The condition of the policy inside."""
+        return cond
+
+    def durations(self, prompts: Prompts) -> Tensor:
+        return self.policy.durations(prompts)
+
+    def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> Any:
+        return self.policy.encode(prompts, cfg_strength=cfg_strength)
+
+    def prior(self, cond: Any, generator: Generators = None) -> Tensor:
+        return self.policy.prior(self.inner(cond), generator)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        return self.policy.velocity(x, t, self.inner(cond))
+
+    def velocity_without_gradient(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+        """In steps of a solve that are not differentiated."""
+        return self.velocity(x, t, cond)
+
+    def velocity_as_now(self, cond: Any) -> Velocity:
+        """See the function of that name."""
+        return velocity_as_now(self.policy, self.inner(cond))
+
+    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
+        return self.policy.timesteps(steps, sway_sampling_coef=sway_sampling_coef)
+
+    def finalize(self, x1: Tensor, cond: Any) -> Tensor:
+        return self.policy.finalize(x1, self.inner(cond))
+
+
 def rollout(
     policy: Policy,
     prompts: Prompts,
@@ -89,7 +151,7 @@ def rollout(
     generators = item_generators(generator, len(prompts))
     mels: dict[int, Tensor] = {}
     trajectories: dict[int, Tensor] = {}
-    constant = getattr(policy, "velocity_without_gradient", None)
+    constant = policy.velocity_without_gradient if isinstance(policy, PolicyWrapper) else None
     with evaluating(policy), torch.set_grad_enabled(differentiable):
         t = policy.timesteps(steps, sway_sampling_coef=sway_sampling_coef)
         for rows in rows_by_duration(prompts):
@@ -122,17 +184,25 @@ def rows_by_duration(prompts: Prompts) -> list[list[int]]:
 
 def velocity_as_now(policy: Velocities, cond: Any) -> Velocity:
     """The policy's velocity under `cond`, always in the train/eval mode it has now."""
+    if isinstance(policy, PolicyWrapper):
+        return policy.velocity_as_now(cond)
     if not isinstance(policy, nn.Module):
         return partial(policy.velocity, cond=cond)
-    velocity = PureVelocity(
+    velocity = pure_velocity(policy, cond)
+    if not isinstance(policy, FastGradients):
+        return velocity
+    if policy.fast_gradients and not policy.training:
+        velocity = replace(velocity, differentiate=policy.differentiate)
+    return replace(velocity, terms=policy.velocity_terms)
+
+
+def pure_velocity(policy: Any, cond: Any) -> PureVelocity:
+    """A module's velocity with all its weights, in the mode it has now, differentiated by autograd."""
+    return PureVelocity(
         keep_mode(policy, policy.velocity),
         cond,
         lambda: [weight for weight in weights_of(policy) if weight.requires_grad],
     )
-    own = {"terms": getattr(policy, "velocity_terms", None)}
-    if not policy.training:
-        own["differentiate"] = getattr(policy, "differentiate", None)
-    return replace(velocity, **{name: value for name, value in own.items() if value is not None})
 
 
 def collect_rollout(mels: Mapping[int, Tensor], trajectories: Mapping[int, Tensor] | None = None) -> Rollout:

@@ -106,7 +106,7 @@ class Rerun:
 def differentiate(
     run: Callable[[Sequence[Any]], Tensor], leaves: Sequence[Any], weights: Weights, cotangent: Tensor
 ) -> Sequence[Tensor | None]:
-    """Gradients of <run(leaves), cotangent> by the leaves that have one; the weights' own are added to `weights`."""
+    """Gradients of <run(leaves), cotangent> for the leaves that have one; those of weights are added to `weights`."""
     wanted = [leaf for leaf in leaves if _has_gradient(leaf)]
     with torch.enable_grad():
         v = run(leaves)
@@ -133,6 +133,11 @@ class PureVelocity:
     and holds its graph."""
     differentiate: Callable[..., Sequence[Tensor | None]] = differentiate
     """The function above, or one that does the same sooner."""
+
+    @property
+    def fast(self) -> bool:
+        """Whether its gradient has a way of its own, sooner or in less memory than autograd's."""
+        return self.differentiate is not differentiate or len(self.terms(self.cond)) > 1
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         return self.function(x, t, self.cond)
@@ -185,23 +190,36 @@ class _Recomputed(torch.autograd.Function):
         # cut off from the graph that made them, or autograd would go on into it, and free it
         needed = ctx.needs_input_grad[4:]
         inputs = [_leaf(value, need) for value, need in zip((x, t, *reads), needed, strict=True)]
-        with torch.enable_grad():
-            terms = ctx.velocity.terms(tree_unflatten(inputs[2:], ctx.structure))
-        found: list[Tensor | None] = [None] * sum(needed)
-        for part, factor in terms:
-            ends, structure = tree_flatten((inputs[0], inputs[1], part))
-            leaves = [_leaf(end, _has_gradient(end)) for end in ends]
-            run = Rerun(ctx.velocity.function, structure, ctx.autocast)
-            gradients = ctx.velocity.differentiate(run, leaves, ctx.weights, factor * grads[0])
-            _add_(found, _pulled_back(ends, gradients, [value for value in inputs if _has_gradient(value)]))
-        own = iter(found)
+        cond = tree_unflatten(inputs[2:], ctx.structure)
+        own = iter(pull_back(ctx.velocity, (*inputs[:2], cond), ctx.autocast, ctx.weights, grads[0]))
         return None, None, None, None, *(next(own) if need else None for need in needed)
+
+
+def pull_back(
+    velocity: PureVelocity, at: tuple[Tensor, Tensor, Any], autocast: Autocast, weights: Weights, cotangent: Tensor
+) -> list[Tensor | None]:
+    """Vector-Jacobian product of `velocity` at (x, t, cond): for the leaves of `at` that have a gradient, in order.
+
+    Those of the weights are added to `weights`.
+    """
+    x, t, cond = at
+    inputs = [value for value in tree_flatten(at)[0] if _has_gradient(value)]
+    with torch.enable_grad():
+        terms = velocity.terms(cond)
+    found: list[Tensor | None] = [None] * len(inputs)
+    for part, factor in terms:
+        ends, structure = tree_flatten((x, t, part))
+        leaves = [_leaf(end, _has_gradient(end)) for end in ends]
+        run = Rerun(velocity.function, structure, autocast)
+        gradients = velocity.differentiate(run, leaves, weights, factor * cotangent)
+        _add_(found, _pulled_back(ends, gradients, inputs))
+    return found
 
 
 def _pulled_back(
     ends: Sequence[Any], gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]
 ) -> Sequence[Tensor | None]:
-    """What gradients of `ends`, those that have one, are as gradients of the inputs that they were made of."""
+    """Vector-Jacobian product from `ends`, with a gradient for those that have one, to the inputs that made them."""
     known = [
         (end, gradient)
         for end, gradient in zip(filter(_has_gradient, ends), gradients, strict=True)

@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_mel.flow.noise import Generators
-from rlhf_mel.flow.policy import Policy
+from rlhf_mel.flow.policy import Policy, PolicyWrapper
 from rlhf_mel.types import Prompts
 
 STATES = "_states"
@@ -40,19 +40,18 @@ class Begun(NamedTuple):
     """Bool [B, T]."""
 
 
-class Restarted(nn.Module):
+class Restarted(PolicyWrapper):
     """The policy from `times[0]` on, at the states of `begin_at` in place of its prior; a Policy itself.
 
     times: the grid [K + 1] of every solve, whatever number of steps is asked for; None: the policy's own.
     """
 
     def __init__(self, policy: Policy, times: Tensor | None = None) -> None:
-        super().__init__()
-        self.policy = policy
+        super().__init__(policy)
         self.times = times
 
-    def durations(self, prompts: Prompts) -> Tensor:
-        return self.policy.durations(prompts)
+    def inner(self, cond: Begun) -> Any:
+        return cond.policy
 
     def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> Begun:
         cond = self.policy.encode(prompts, cfg_strength=cfg_strength)
@@ -61,13 +60,7 @@ class Restarted(nn.Module):
     def prior(self, cond: Begun, generator: Generators = None) -> Tensor:
         return cond.states
 
-    def velocity(self, x: Tensor, t: Tensor, cond: Begun) -> Tensor:
-        return self.policy.velocity(x, t, cond.policy)
-
     def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
         if self.times is not None:
             return self.times
-        return self.policy.timesteps(steps, sway_sampling_coef=sway_sampling_coef)
-
-    def finalize(self, x1: Tensor, cond: Begun) -> Tensor:
-        return self.policy.finalize(x1, cond.policy)
+        return super().timesteps(steps, sway_sampling_coef=sway_sampling_coef)

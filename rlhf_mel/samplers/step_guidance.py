@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_mel.flow.noise import Generators
 from rlhf_mel.flow.path import endpoint
-from rlhf_mel.flow.policy import Policy, collect_rollout, rollout
+from rlhf_mel.flow.policy import Policy, PolicyWrapper, collect_rollout, rollout
+from rlhf_mel.flow.recompute import PureVelocity, Velocity, differentiated
 from rlhf_mel.pipeline import require_gradient, vocode
 from rlhf_mel.rewards.combine import Rewards
 from rlhf_mel.types import Prompts, Rollout
@@ -51,30 +53,28 @@ class Prompted(NamedTuple):
     """Bool [B, T]."""
 
 
-class Guided(nn.Module):
+class Guided(PolicyWrapper):
     """The policy with the velocity of step guidance; a Policy itself. Its velocity has no gradient."""
 
     def __init__(self, policy: Policy, guidance: StepGuidance) -> None:
-        super().__init__()
-        self.policy = policy
+        super().__init__(policy)
         self.guidance = guidance
 
-    def durations(self, prompts: Prompts) -> Tensor:
-        return self.policy.durations(prompts)
+    def inner(self, cond: Prompted) -> Any:
+        return cond.policy
 
     def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> Prompted:
         cond = self.policy.encode(prompts, cfg_strength=cfg_strength)
         return Prompted(cond, prompts, cond.generated)
 
-    def prior(self, cond: Prompted, generator: Generators = None) -> Tensor:
-        return self.policy.prior(cond.policy, generator)
-
     def velocity(self, x: Tensor, t: Tensor, cond: Prompted) -> Tensor:
         if float(t) == 0 or float(t) < self.guidance.first_time:
             return self.policy.velocity(x, t, cond.policy)
+        own = super().velocity_as_now(cond)
+        checkpoint = isinstance(own, PureVelocity) and own.fast
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            v = self.policy.velocity(x, t, cond.policy)
+            v = differentiated(own, checkpoint)(x, t)
             mel = self.policy.finalize(endpoint(x, v, t), cond.policy)
             (gradient,) = torch.autograd.grad(self._total(mel, cond).sum(), x)
         gradient = gradient.masked_fill(~gradient.isfinite().flatten(1).all(1)[:, None, None], 0.0)
@@ -86,8 +86,5 @@ class Guided(nn.Module):
         spoken = collect_rollout({item: mel[item, own] for item, own in enumerate(cond.generated)})
         return self.guidance.rewards(vocode(self.guidance.vocoder, spoken), cond.prompts).total
 
-    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
-        return self.policy.timesteps(steps, sway_sampling_coef=sway_sampling_coef)
-
-    def finalize(self, x1: Tensor, cond: Prompted) -> Tensor:
-        return self.policy.finalize(x1, cond.policy)
+    def velocity_as_now(self, cond: Prompted) -> Velocity:
+        return partial(self.velocity, cond=cond)

@@ -73,6 +73,11 @@ class FastVelocity:
         self._text: Callable[[], Tensor | None] = lambda: None
         self._adapted: list[Any] = []
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether gradients are captured too."""
+        return self._gradients is not None
+
     def __call__(
         self, backbone: nn.Module, x: Tensor, known: Tensor, text: Tensor, t: Tensor, mask: Tensor | None, rope: Rope
     ) -> Tensor:
