@@ -23,7 +23,7 @@ import torch
 
 from rlhf_mel.data.prompts import DURATION_RULES, PromptDataset, PromptOptions, load_prompts
 from rlhf_mel.f5.checkpoints import load_policy
-from rlhf_mel.flow.noise import mix_seed
+from rlhf_mel.flow.noise import item_generator
 from rlhf_mel.flow.policy import rollout
 from rlhf_mel.pipeline import vocode
 from rlhf_mel.speech.audio import MelSpec
@@ -127,7 +127,7 @@ def speak(args: argparse.Namespace, policy: Any, vocoder: Vocoder, prompts: Prom
             cfg_strength=args.cfg,
             sway_sampling_coef=args.sway,
             grad_steps=0,
-            generator=[torch.Generator().manual_seed(mix_seed(args.seed, row)) for row in rows],
+            generator=[item_generator(args.seed, row) for row in rows],
         )
         with torch.no_grad():
             audio = vocode(vocoder, said)

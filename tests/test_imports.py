@@ -1,4 +1,4 @@
-"""The layers of DESIGN.md: imports run downward, and `reward_models` is found by name only."""
+"""The floors of docs/architecture.md: imports run downward, and `reward_models` is found by name only."""
 
 from __future__ import annotations
 

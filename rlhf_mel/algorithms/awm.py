@@ -27,7 +27,7 @@ from torch import Tensor
 from rlhf_mel.algorithms.base import LaggedAlgorithm
 from rlhf_mel.algorithms.families.forward_process import (
     Draw,
-    Options,
+    ForwardProcessOptions,
     Samples,
     anchor_to,
     anchors,
@@ -78,7 +78,7 @@ class AWM(LaggedAlgorithm):
     default_beta = 0.015
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Options):
+    class Config(ForwardProcessOptions):
         num_noise_samples: int = 6
         """Draws of time and noise for each rollout and update. Paper: 6."""
         weighting: str = "uniform"

@@ -27,7 +27,7 @@ from torch import Tensor
 from rlhf_mel.algorithms.base import LaggedAlgorithm
 from rlhf_mel.algorithms.families.forward_process import (
     Draw,
-    Options,
+    ForwardProcessOptions,
     Samples,
     anchor_to,
     anchors,
@@ -76,7 +76,7 @@ class DiffusionNFT(LaggedAlgorithm):
     default_beta = 1e-4
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Options):
+    class Config(ForwardProcessOptions):
         strength: float = 1.0
         """b: below 1, larger steps from the old policy. Paper: 1, for OCR 0.1."""
         adaptive_weighting: bool = True

@@ -37,7 +37,7 @@ from rlhf_mel.metrics import Metrics, score_metrics
 from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts
 
-LEVER = 0.05, 0.5
+WINDOW_TIMES = 0.05, 0.5
 """Times at which the steps of a window begin, if it is not told where to lie.
 
 With sway a third of the steps begin before: so short, and with so much noise in what they begin with, that they learn
@@ -66,7 +66,7 @@ class FlowGRPO(AlgorithmBase):
         window_size: int | None = 2
         """Random steps of a rollout, in a row; null: all of window_range."""
         window_range: Sequence[int] | None = None
-        """Steps [first, stop) that the window lies in; null: those that begin at 0.05 <= t < 1/2 (see LEVER).
+        """Steps [first, stop) that the window lies in; null: those that begin at 0.05 <= t < 1/2 (see WINDOW_TIMES).
 
         Where these are fewer than window_size, some before them too. flow_grpo's Fast takes the first half of its
         steps, which with sway would be t < 0.08.
@@ -134,7 +134,7 @@ class FlowGRPO(AlgorithmBase):
             return first, stop
         sampling = pipeline.sampling
         t = pipeline.policy.timesteps(sampling.steps, sway_sampling_coef=sampling.sway_sampling_coef)
-        first, stop = (int((t < time).sum()) for time in LEVER)
+        first, stop = (int((t < time).sum()) for time in WINDOW_TIMES)
         stop = min(stop, self.config.step_noise.random_steps(sampling.steps).stop)
         return max(1, min(first, stop - (self.config.window_size or 1))), stop
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from rlhf_mel.algorithms.base import AlgorithmBase
 from rlhf_mel.algorithms.families.forward_process import (
     Draw,
-    Options,
+    ForwardProcessOptions,
     Samples,
     anchor_to,
     anchors,
@@ -63,7 +63,7 @@ class OrwCFM(AlgorithmBase):
     default_beta = 1.0
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Options):
+    class Config(ForwardProcessOptions):
         tau: float = 1.0
         """How much more a better rollout counts: exp(tau) times for an advantage of 1. Paper: a temperature to tune."""
         normalize_weights: str = "group"

@@ -28,7 +28,7 @@ from torch import Tensor
 from rlhf_mel.algorithms.base import LaggedAlgorithm
 from rlhf_mel.algorithms.families.forward_process import (
     Draw,
-    Options,
+    ForwardProcessOptions,
     Samples,
     anchor_to,
     anchors,
@@ -60,7 +60,7 @@ class RAM(LaggedAlgorithm):
     default_beta = 0.01
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Options):
+    class Config(ForwardProcessOptions):
         num_noise_samples: int = 8
         """Draws of time and noise for each rollout and update. Paper: 8."""
         time_power: float = 1.0

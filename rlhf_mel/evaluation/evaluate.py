@@ -109,6 +109,7 @@ def evaluate(
         raise ValueError(
             f"evaluate: expected a recognizer of the vocoder's mels {vocoder.mel_spec}, got {recognizer.mel_spec}"
         )
+    rewards.check(prompts)
     measures: dict[str, list[float]] = {}
     waveforms: list[Tensor] = []
     transcripts: list[str] = []

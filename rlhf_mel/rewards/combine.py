@@ -19,7 +19,7 @@ keywords, in TRL's way (as `GRPOTrainer` does with `reward_funcs`):
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,10 +41,18 @@ class Rewards:
     graph. Every waveform model hears its own sample rate; the gradient passes through the resampling.
     """
 
-    def __init__(self, models: Sequence[RewardSpec], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        models: Sequence[RewardSpec],
+        weights: Sequence[float] | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """weights: one a reward, 1 unless given. options: keyword arguments of classes, by the names in `models`."""
         if isinstance(models, str) or not models:
             raise ValueError(f"rewards: expected a list of at least one reward, got {models!r}")
-        self.models: list[RewardModel] = [load_reward(model) for model in models]
+        self.models: list[RewardModel] = [
+            load_reward(model, (options or {}).get(model) if isinstance(model, str) else None) for model in models
+        ]
         self.weights = [1.0] * len(self.models) if weights is None else [float(w) for w in weights]
         if len(self.weights) != len(self.models):
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Mapping
 from typing import Any
 
 from rlhf_mel.rewards.base import RewardModel, RewardSpec, check_declarations
@@ -17,22 +18,37 @@ def known_rewards() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
 
 
-def load_reward(spec: RewardSpec) -> RewardModel:
+def load_reward(spec: RewardSpec, options: Mapping[str, Any] | None = None) -> RewardModel:
     """The reward model called `spec`: "mos", "package.module:Name", a reward model, its class or a plain function.
 
+    options: keyword arguments of its class.
+
     Raises:
-        ValueError: no such name; the message lists the known ones.
+        ValueError: no such name, the message lists the known ones; or no such option.
         TypeError: what was found is not a reward.
     """
     found: Any = _find(spec) if isinstance(spec, str) else spec
     if inspect.isclass(found):
-        found = found()
+        _check_options(spec, found, options or {})
+        found = found(**(options or {}))
+    elif options:
+        raise ValueError(
+            f"reward {spec!r}: expected a class to give options to, got {type(found).__name__}; remove them"
+        )
     if callable(getattr(found, "score", None)):
         check_declarations(found)
         return found
     if callable(found):
         return FunctionReward(found)
     raise TypeError(f"reward {spec!r}: expected a reward model or a function, got {type(found).__name__}")
+
+
+def _check_options(spec: RewardSpec, found: Any, options: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(found).parameters.values()
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if not anything and (unknown := sorted(options.keys() - set(known))):
+        raise ValueError(f"reward {spec!r}: expected options among {known}, got {unknown}")
 
 
 def _find(spec: str) -> Any:

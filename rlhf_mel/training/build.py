@@ -85,8 +85,18 @@ def check_launch(args: RLHFConfig) -> None:
     args._n_gpu = min(args.n_gpu, 1)
 
 
-def as_rewards(models: RewardSpec | Sequence[RewardSpec], weights: Sequence[float] | None) -> Rewards:
-    return Rewards(models if isinstance(models, list | tuple) else [models], weights)  # type: ignore[list-item]
+def as_rewards(given: RewardSpec | Sequence[RewardSpec] | Rewards | None, args: RLHFConfig) -> Rewards:
+    """The rewards given, or those that `args` names with their options; weights are those of `args`."""
+    if isinstance(given, Rewards):
+        if args.reward_weights is not None:
+            raise ValueError(
+                "reward_weights: expected none beside Rewards, which have their own, got both; remove them"
+            )
+        return given
+    if given is None:
+        return Rewards(args.reward_models, args.reward_weights, args.reward_kwargs)  # type: ignore[arg-type]
+    models: Any = given if isinstance(given, list | tuple) else [given]
+    return Rewards(models, args.reward_weights)
 
 
 def as_prompts(

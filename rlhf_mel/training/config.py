@@ -45,6 +45,7 @@ class RLHFConfig(TrainingArguments):
         *TrainingArguments._VALID_DICT_FIELDS,
         "algorithm_kwargs",
         "prompt_columns",
+        "reward_kwargs",
     ]
 
     policy: str = field(
@@ -97,6 +98,10 @@ class RLHFConfig(TrainingArguments):
         metadata=_help("Rewards by name (reward_models/NAME.py) or 'package.module:Name'."),
     )
     reward_weights: list[float] | None = field(default=None, metadata=_help("One weight a reward; default: 1 each."))
+    reward_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata=_help('Options of rewards, by the names above, as JSON: \'{"mos": {"compression_eps": 1e-3}}\'.'),
+    )
     algorithm: str = field(
         default="draft", metadata=_help("A file of rlhf_mel/algorithms: 'draft', 'refl', 'flow_grpo', ...")
     )
@@ -218,7 +223,7 @@ class RLHFConfig(TrainingArguments):
         # transformers would ask the model for what every solve does as it is: velocities run again in backward()
         self.gradient_checkpointing = self.activation_checkpointing = False
         _check_inherited(self)
-        _check_rewards(self.reward_models, self.reward_weights)
+        _check_rewards(self.reward_models, self.reward_weights, self.reward_kwargs)
         load_algorithm(self.algorithm, self.algorithm_options, beta=self.beta or 0.0)
         if self.remove_unused_columns:
             raise ValueError(
@@ -294,8 +299,8 @@ def _check_schedule(config: RLHFConfig) -> None:
         )
 
 
-def _check_rewards(names: Sequence[str], weights: Sequence[float] | None) -> None:
-    """Raise if there is no reward, an unknown one, or not one weight a reward."""
+def _check_rewards(names: Sequence[str], weights: Sequence[float] | None, options: Any) -> None:
+    """Raise if there is no reward, an unknown one, not one weight a reward, or options of none."""
     if not names:
         raise ValueError("reward_models is empty: expected at least one reward, e.g. --reward_models mos")
     if unknown := [name for name in names if ":" not in name and name not in known_rewards()]:
@@ -305,6 +310,15 @@ def _check_rewards(names: Sequence[str], weights: Sequence[float] | None) -> Non
     if weights is not None and len(weights) != len(names):
         raise ValueError(
             f"reward_weights needs one weight a reward: expected {len(names)} for {list(names)}, got {list(weights)}"
+        )
+    if options is None:
+        return
+    if not isinstance(options, Mapping) or not all(isinstance(own, Mapping) for own in options.values()):
+        example = '{"mos": {"compression_eps": 1e-3}}'
+        raise ValueError(f"reward_kwargs: expected a mapping a reward, e.g. '{example}', got {options!r}")
+    if unknown := sorted(options.keys() - set(names)):
+        raise ValueError(
+            f"reward_kwargs: expected options of {list(names)}, got those of {unknown}; name it in reward_models"
         )
 
 
@@ -320,6 +334,7 @@ def resolved(config: RLHFConfig, peft_config: LoraConfig | None = None) -> dict[
         for name, value in config._as_given.items()
         if name not in own and value != defaults[name] and name not in NOT_SAVED
     }
+    values["torch_compile"] = config.compile_policy  # what transformers is told is another thing
     return values | given | _lora_fields(peft_config)
 
 

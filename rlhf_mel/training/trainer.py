@@ -47,6 +47,7 @@ from rlhf_mel.flow.noise import mix_seed
 from rlhf_mel.metrics import Metrics, pool
 from rlhf_mel.progress import duration
 from rlhf_mel.rewards.base import RewardSpec
+from rlhf_mel.rewards.combine import Rewards
 from rlhf_mel.speech.recognizer import Recognizer
 from rlhf_mel.training.build import (
     as_prompts,
@@ -92,7 +93,7 @@ class RLHFTrainer(Trainer):
     def __init__(
         self,
         policy: Any = None,
-        reward_models: RewardSpec | Sequence[RewardSpec] | None = None,
+        reward_models: RewardSpec | Sequence[RewardSpec] | Rewards | None = None,
         args: RLHFConfig | None = None,
         *,
         vocoder: Vocoder | str | None = None,
@@ -106,7 +107,7 @@ class RLHFTrainer(Trainer):
         check_launch(args)
         self.peft_config = peft_config
         algorithm = load_algorithm(args.algorithm, args.algorithm_options, beta=args.beta or 0.0)
-        rewards = as_rewards(args.reward_models if reward_models is None else reward_models, args.reward_weights)
+        rewards = as_rewards(reward_models, args)
         if not isinstance(policy, nn.Module):
             policy = load_policy(policy or args.policy, model=args.policy_model, vocab=args.policy_vocab)
         vocoder = load_vocoder(vocoder or args.vocoder) if vocoder is None or isinstance(vocoder, str) else vocoder
@@ -199,6 +200,7 @@ class RLHFTrainer(Trainer):
     def _collect(self, prompts: Prompts, step: int, index: int, noise_seed: int) -> Any:
         """What micro-batch `index` learns from: of this update if it is the first of its iterations, else kept."""
         if step % self.args.num_iterations == 0 or index not in self._collected:
+            self.pipeline.rewards.check(prompts)
             with self.accelerator.autocast():  # as in the loss, so that both compute the same numbers
                 self._collected[index] = self._update_loss.collect(prompts, noise_seed)
         return self._collected[index]

@@ -26,7 +26,13 @@ from small_runs import metrics, quietness, same_weights, trainer, write_dataset
 from torch import Tensor
 
 from rlhf_mel.algorithms.base import load_algorithm
-from rlhf_mel.algorithms.families.forward_process import Draw, Options, collect_samples, draw_times, regress
+from rlhf_mel.algorithms.families.forward_process import (
+    Draw,
+    ForwardProcessOptions,
+    collect_samples,
+    draw_times,
+    regress,
+)
 from rlhf_mel.algorithms.ram import ram_target
 from rlhf_mel.flow.noise import item_generators
 from rlhf_mel.flow.policy import rollout
@@ -64,7 +70,9 @@ def speaking(cfg_strength: float = 0.0) -> tuple[Any, Pipeline]:
 def test_the_moments_that_the_method_rests_on() -> None:
     """E[u - v | t] = 0 and E[sum x_1 (u - v) | t] = D^2 g(t): 60,000 samples of time and noise, 4.5 standard errors."""
     policy, batch = Movable(0.3), 2000
-    samples = collect_samples(pipeline(policy), prompts(batch), generator(), Options(scale_rewards="none"))
+    samples = collect_samples(
+        pipeline(policy), prompts(batch), generator(), ForwardProcessOptions(scale_rewards="none")
+    )
     generated = samples.spoken.mel
     assert generated.mean().item() == pytest.approx(policy.flow.mean + 0.3, abs=0.03)
     assert generated.var().item() == pytest.approx(variance(), rel=0.06)
@@ -78,7 +86,7 @@ def test_the_moments_that_the_method_rests_on() -> None:
         moments["covariance"].append(reward * residual.mean((1, 2)) - variance() * push)
         return {}
 
-    regress(policy, samples, objective, Options(num_noise_samples=30), generator(1))
+    regress(policy, samples, objective, ForwardProcessOptions(num_noise_samples=30), generator(1))
     for values in moments.values():
         error = torch.stack(values).mean(0).std().item() / batch**0.5  # draws of one sample are not independent
         assert abs(torch.stack(values).mean().item()) < 4.5 * error < 0.08
@@ -89,7 +97,7 @@ def test_the_loss_is_flow_matching_at_the_drawn_points() -> None:
     """Each item and draw alone, with the item's generator: times, then noise; reference frames known, never counted."""
     policy, parts = speaking(cfg_strength=1.5)
     own, n = tiny_prompts(group_ids=torch.zeros(3, dtype=torch.long)), 3
-    options = Options(num_noise_samples=n)
+    options = ForwardProcessOptions(num_noise_samples=n)
     samples = collect_samples(parts, own, generator(), options)
     got = regress(policy.train(), samples, matching, options, generator(7))["loss"]
     assert policy.training and got.shape == (3,)
@@ -116,7 +124,7 @@ def test_a_batch_is_its_items_alone(name: str) -> None:
     """Loss values and gradient of three items of two durations, to rounding."""
     policy, parts = speaking()
     own = tiny_prompts(group_ids=torch.zeros(3, dtype=torch.long))
-    samples = collect_samples(parts, own, generator(), Options())
+    samples = collect_samples(parts, own, generator(), ForwardProcessOptions())
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.02)  # no longer the reference
@@ -264,7 +272,7 @@ def test_the_guidance_of_the_regressed_velocity(
 
 def test_rollouts_are_the_plain_ones() -> None:
     _, parts = speaking()
-    samples = collect_samples(parts, tiny_prompts(), generator(4), Options())
+    samples = collect_samples(parts, tiny_prompts(), generator(4), ForwardProcessOptions())
     want = rollout(parts.policy, tiny_prompts(), steps=3, cfg_strength=0.0, grad_steps=0, generator=generator(4))
     assert torch.equal(samples.spoken.mel, want.mel) and not samples.spoken.mel.requires_grad
     assert samples.advantages.tolist() == [0.0, 0.0, 0.0], "without group ids there is nothing to compare"
@@ -275,7 +283,7 @@ def test_advantages_are_clipped_and_compared_within_groups_or_the_batch() -> Non
         return [0.0, 2.0, 10.0, 40.0]
 
     parts = pipeline(Movable(), far, anchored=False)
-    options = Options(scale_rewards="none", advantage_clip=5.0)
+    options = ForwardProcessOptions(scale_rewards="none", advantage_clip=5.0)
     within = collect_samples(parts, prompts(4, 2), generator(), options)
     assert within.advantages.tolist() == [-1.0, 1.0, -5.0, 5.0] and within.group_ids.tolist() == [0, 0, 1, 1]
     across = collect_samples(parts, prompts(4, 2), generator(), options, across_groups=True)  # mean 13
@@ -283,13 +291,13 @@ def test_advantages_are_clipped_and_compared_within_groups_or_the_batch() -> Non
 
 
 def test_times_are_stratified_and_follow_their_density() -> None:
-    options = Options(num_noise_samples=4, time_power=1.0)
+    options = ForwardProcessOptions(num_noise_samples=4, time_power=1.0)
     times = draw_times(20_000, options, None)
     probability = 1 - (1 - times) ** 2  # of a time below: int_0^t 2 (1 - s) ds
     for k in range(4):
         assert ((probability[k] >= k / 4 - 1e-6) & (probability[k] <= (k + 1) / 4 + 1e-6)).all()
     assert times.mean().item() == pytest.approx(1 / 3, abs=0.003)  # int_0^1 t 2 (1 - t) dt
-    uniform = draw_times(20_000, Options(num_noise_samples=1), None)
+    uniform = draw_times(20_000, ForwardProcessOptions(num_noise_samples=1), None)
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.01) and uniform.std().item() == pytest.approx(
         12**-0.5, abs=0.01
     )

@@ -322,3 +322,17 @@ def test_a_policy_of_few_voices_was_heard_in_all_of_them_or_not() -> None:
     assert not listen(named, policy=policy).closed
     policy.voices = ("a", "b")
     assert listen(named, policy=policy).closed and not listen(named.select([0]), policy=policy).closed
+
+
+def test_a_reward_that_needs_a_text_is_asked_before_anything_is_said() -> None:
+    class Reading:
+        name, differentiable, domain, sample_rate_hz = "reading", False, "mel", None
+        needs = frozenset({"text"})
+        range = (0.0, 1.0)
+
+        def score(self, audio: Audio, prompts: Prompts) -> Tensor:
+            raise AssertionError("never heard")
+
+    silent = replace(tiny_prompts(), texts=["bad cab", " ", "decade"])
+    with pytest.raises(ValueError, match="reward 'reading' needs the text of every prompt"):
+        evaluate(tiny_policy(), Hum(), Rewards([Reading()]), silent, sampler=None)  # type: ignore[arg-type]

@@ -347,3 +347,28 @@ class TestContract:
         (gradient,) = torch.autograd.grad(rewards(heard, prompts()).total[1], source)
         assert gradient.isfinite().all() and gradient[1].any() and not gradient[0].any()
         assert not gradient[1, 26 if model.domain == "mel" else 6_400 :].any()  # padding has no say
+
+
+class Scaled:
+    name = "scaled"
+    differentiable = False
+    domain = "mel"
+    sample_rate_hz = None
+    needs: frozenset[str] = frozenset()
+    range = (-1.0, 1.0)
+
+    def __init__(self, *, factor: float = 1.0) -> None:
+        self.factor = factor
+
+    def score(self, audio: Audio, prompts: Prompts) -> Tensor:
+        return self.factor * audio.mel.mean((1, 2))
+
+
+def test_a_class_takes_options_and_says_which() -> None:
+    assert load_reward(Scaled).factor == 1.0  # type: ignore[attr-defined]
+    assert load_reward(Scaled, {"factor": 0.5}).factor == 0.5  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"expected options among \['factor'\], got \['speed'\]"):
+        load_reward(Scaled, {"speed": 2})
+    with pytest.raises(ValueError, match="expected a class to give options to, got Scaled"):
+        load_reward(Scaled(), {"factor": 2})
+    assert Rewards(["mos"], options={"mos": {"compression_eps": 1e-3}}).models[0].compression_eps == 1e-3  # type: ignore[attr-defined]

@@ -129,3 +129,17 @@ def test_the_saved_config_reproduces_the_run(tmp_path: Path) -> None:
     assert not {"adam_beta1", "include_for_metrics"} & written.keys(), (
         "an inherited default says nothing and only makes the file longer"
     )
+
+
+def test_a_compiled_run_is_saved_as_one() -> None:
+    assert resolved(RLHFConfig(output_dir="unused", torch_compile=True))["torch_compile"] is True
+    assert resolved(RLHFConfig(output_dir="unused"))["torch_compile"] is False
+
+
+def test_options_of_rewards_are_of_rewards_that_are_named() -> None:
+    config, _ = parse_arguments(["--output_dir", "unused", "--reward_kwargs", '{"mos": {"compression_eps": 0.001}}'])
+    assert config.reward_kwargs == {"mos": {"compression_eps": 0.001}}
+    with pytest.raises(ValueError, match=r"expected options of \['mos'\], got those of \['level'\]"):
+        RLHFConfig(output_dir="unused", reward_kwargs={"level": {}})
+    with pytest.raises(ValueError, match="expected a mapping a reward"):
+        RLHFConfig(output_dir="unused", reward_kwargs={"mos": 3})

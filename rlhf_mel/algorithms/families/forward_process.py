@@ -42,7 +42,7 @@ from rlhf_mel.types import Prompts, Rollout
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class ForwardProcessOptions:
     """What the Configs of the family have in common."""
 
     num_noise_samples: int = 4
@@ -59,7 +59,7 @@ class Options:
     """Largest size of an advantage."""
 
 
-def check_options(name: str, options: Options) -> None:
+def check_options(name: str, options: ForwardProcessOptions) -> None:
     """Raise a ValueError on the first option that cannot be meant; `name` is the algorithm's."""
     check_scaling(name, options.scale_rewards, options.multi_objective_aggregation)
     draws, guidance = options.num_noise_samples, options.loss_cfg_strength
@@ -134,7 +134,7 @@ def regress(
     policy: Policy,
     samples: Samples,
     objective: Objective,
-    options: Options,
+    options: ForwardProcessOptions,
     generator: Generators,
     **others: Velocities,
 ) -> dict[str, Tensor]:
@@ -162,7 +162,7 @@ def _draws(
     policy: Policy,
     samples: Samples,
     rows: Sequence[int],
-    options: Options,
+    options: ForwardProcessOptions,
     generators: Sequence[torch.Generator] | None,
     others: Mapping[str, Velocities],
     checkpoint: bool,
@@ -202,7 +202,7 @@ def final_mels(policy: Policy, samples: Samples, rows: Sequence[int], cond: Any)
     return policy.finalize(x1, cond).float().detach()
 
 
-def draw_times(batch: int, options: Options, generators: Sequence[torch.Generator] | None) -> Tensor:
+def draw_times(batch: int, options: ForwardProcessOptions, generators: Sequence[torch.Generator] | None) -> Tensor:
     """Times [n, b] of [0, 1]: of an item's n draws, one in each n-th of the probability of `time_power`."""
     n = options.num_noise_samples
     each = [None] * batch if generators is None else generators
@@ -228,7 +228,7 @@ def collect_samples(
     pipeline: Pipeline,
     prompts: Prompts,
     generator: torch.Generator,
-    options: Options,
+    options: ForwardProcessOptions,
     *,
     across_groups: bool = False,
 ) -> Samples:
