@@ -12,7 +12,6 @@ changes nothing but the time. `doctor` examines a run before it begins (doctor/c
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,8 +20,8 @@ from typing import Any
 
 import torch
 
+from rlhf_mel import policies
 from rlhf_mel.data.prompts import DURATION_RULES, PromptDataset, PromptOptions, load_prompts
-from rlhf_mel.f5.checkpoints import load_policy
 from rlhf_mel.flow.noise import item_generator
 from rlhf_mel.flow.policy import rollout
 from rlhf_mel.pipeline import vocode
@@ -68,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     who.add_argument("--policy", default="tiny", help="name, file, folder, hub id or package.module:function")
     who.add_argument("--model", help="for a weight file of F5-TTS: the model it is, F5TTS_v1_Base for instance")
     who.add_argument("--vocab", type=Path, help="for a weight file: its vocab.txt, if not beside it")
+    who.add_argument("--weights", type=Path, help="for a package.module:function: a folder policy/ that a run saved")
     who.add_argument("--vocoder", help="default: the bundled one for tiny, else F5-TTS's")
     how = sample.add_argument_group("how")
     how.add_argument("--steps", type=int, default=16, help="steps of the ODE solve (16)")
@@ -105,7 +105,8 @@ def run_sample(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     _check_request(args)
-    policy = _load_policy(args)
+    options = {"model": args.model, "vocab": args.vocab, "weights": args.weights}
+    policy = policies.load(args.policy, **options, device=args.device)
     vocoder = _load_vocoder(args, policy.mel_spec)
     prompts = _load_prompts(args, policy.mel_spec)
     files = [args.out] if args.text is not None else _file_names(args.out, prompts)
@@ -144,13 +145,6 @@ def _check_request(args: argparse.Namespace) -> None:
         raise ValueError(f"--out: expected a .wav file for --text, got {args.out}")
     if args.steps < 1 or args.batch_size < 1:
         raise ValueError(f"--steps, --batch_size: expected at least 1, got {args.steps}, {args.batch_size}")
-
-
-def _load_policy(args: argparse.Namespace) -> Any:
-    if ":" in args.policy and not Path(args.policy).exists():
-        module, name = args.policy.split(":", 1)
-        return getattr(importlib.import_module(module), name)().to(args.device)
-    return load_policy(args.policy, model=args.model, vocab=args.vocab, device=args.device)
 
 
 def _load_vocoder(args: argparse.Namespace, mel_spec: MelSpec) -> Vocoder:

@@ -15,7 +15,7 @@ FLOORS: Sequence[set[str]] = (
     {"types", "masked", "modules", "storage", "metrics", "progress"},
     {"flow", "speech"},
     {"f5", "adapters", "vocoders", "rewards", "data"},
-    {"pipeline"},
+    {"pipeline", "policies"},
     {"algorithms", "samplers", "evaluation"},
     {"training"},
     {"doctor"},

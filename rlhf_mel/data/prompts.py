@@ -11,32 +11,23 @@ that was asked for. None is ever skipped in silence.
 
 from __future__ import annotations
 
-from rlhf_mel.storage import ASSETS
-
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
-from rlhf_mel.data.prompt_files import from_datasets
-from rlhf_mel.data.prompt_files import load_hub_rows
-from rlhf_mel.data.prompt_files import read_rows
-from rlhf_mel.data.prompt_files import rename
-from rlhf_mel.speech.audio import MelSpec
-from rlhf_mel.speech.audio import load_audio
-from rlhf_mel.speech.audio import read_speech
-from rlhf_mel.speech.audio import samples_to_frames
-from rlhf_mel.speech.f5_text import f5_reference_text
-from rlhf_mel.speech.reference_clips import prepare_reference
-from rlhf_mel.types import Prompts
-from torch import Tensor
-from typing import Any
-from typing import TYPE_CHECKING
 import functools
 import math
-import torch
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlhf_mel.data.prompt_files import from_datasets, load_hub_rows, read_rows, rename
+from rlhf_mel.speech.audio import MelSpec, load_audio, read_speech, samples_to_frames
+from rlhf_mel.speech.f5_text import f5_reference_text
+from rlhf_mel.speech.reference_clips import prepare_reference
+from rlhf_mel.storage import ASSETS
+from rlhf_mel.types import Prompts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,7 +49,7 @@ class PromptOptions:
     """What is done with rows beyond reading them."""
 
     prepare_references: bool = False
-    """Shorten, trim and raise reference clips as F5-TTS's inference does (speech/reference_clips.py); long ones are not refused."""
+    """Shorten, trim and raise reference clips as F5-TTS does (reference_clips.py); long ones are not refused."""
     duration_rule: str = "policy"
     """Who decides where a row has no `duration_s`: "policy", or "f5", F5-TTS's inference (f5_total_frames)."""
     drop_unusable: bool = False

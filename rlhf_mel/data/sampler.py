@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from rlhf_mel.flow.noise import mix_seed
 import math
+from collections.abc import Callable, Iterator
+
 import torch
+
+from rlhf_mel.flow.noise import mix_seed
+
 
 class GroupSampler(torch.utils.data.Sampler[int]):
     """Every row once an epoch, `num_generations` times in a row, in an order that (seed, epoch) decides.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,13 +26,16 @@ F5-TTS's weights, and it sees only time."""
 def add_lora(policy: nn.Module, config: LoraConfig | None = None) -> nn.Module:
     """Put LoRA adapters into the policy, in place: only they train from now on.
 
-    config: peft's; without `target_modules`, attention and feed-forward of every block are adapted.
+    config: peft's; without `target_modules`, attention and feed-forward of every block are adapted, and in a policy
+        without blocks like those of F5-TTS every linear layer.
     """
     from peft import LoraConfig, inject_adapter_in_model  # slow to import, needed by few
 
     config = copy.copy(config) if config is not None else LoraConfig(r=16, lora_alpha=32)
     if config.target_modules is None:
-        config.target_modules = LORA_TARGETS
+        linear = [name for name, module in policy.named_modules() if isinstance(module, nn.Linear)]
+        of_blocks = any(re.fullmatch(LORA_TARGETS, name) for name in linear)
+        config.target_modules = LORA_TARGETS if of_blocks else linear
     policy.requires_grad_(False)
     return inject_adapter_in_model(config, policy)
 

@@ -112,8 +112,9 @@ def as_prompts(
             prompts = load_dataset_prompts(str(prompts).removeprefix(HUB_DATASETS), split=split, **named)
         else:
             prompts = load_prompts(prompts, split="heldout" if held_out else "train", **named)
-    if policy.tokenizer is not None:
-        prompts.check_texts(policy.tokenizer)
+    tokenizer = getattr(policy, "tokenizer", None)  # a flow of one's own may read in a way of its own
+    if tokenizer is not None:
+        prompts.check_texts(tokenizer)
     return prompts
 
 

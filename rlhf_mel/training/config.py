@@ -50,13 +50,18 @@ class RLHFConfig(TrainingArguments):
 
     policy: str = field(
         default="tiny",
-        metadata=_help("Flow to fine-tune: 'tiny' (bundled), a published name ('F5TTS_v1_Base'), a folder or a file."),
+        metadata=_help(
+            "Flow to fine-tune: 'tiny' (bundled), a published name, a folder, a file, 'package.module:function'."
+        ),
     )
     policy_model: str | None = field(
         default=None, metadata=_help("For a weight file of F5-TTS: the published model it is or was tuned from.")
     )
     policy_vocab: str | None = field(
         default=None, metadata=_help("For a weight file of F5-TTS: its vocab.txt; default: the one beside it.")
+    )
+    policy_weights: str | None = field(
+        default=None, metadata=_help("For a policy by 'package.module:function': a folder policy/ that a run saved.")
     )
     vocoder: str = field(default="tiny", metadata=_help("Mel to waveform, frozen: 'tiny', 'griffin_lim', path."))
     recognizer: str = field(

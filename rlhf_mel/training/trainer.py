@@ -34,13 +34,13 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from rlhf_mel import policies
 from rlhf_mel.algorithms.base import load_algorithm
 from rlhf_mel.data.prompts import PromptDataset
 from rlhf_mel.data.sampler import GroupSampler
 from rlhf_mel.evaluation.evaluate import EvaluationResult, evaluate
 from rlhf_mel.evaluation.report import write_report
 from rlhf_mel.evaluation.verdict import in_words, verdict
-from rlhf_mel.f5.checkpoints import load_policy, save_policy
 from rlhf_mel.f5.export import push_to_hub, save_lora
 from rlhf_mel.flow.ema import MovingAverage
 from rlhf_mel.flow.noise import mix_seed
@@ -109,7 +109,10 @@ class RLHFTrainer(Trainer):
         algorithm = load_algorithm(args.algorithm, args.algorithm_options, beta=args.beta or 0.0)
         rewards = as_rewards(reward_models, args)
         if not isinstance(policy, nn.Module):
-            policy = load_policy(policy or args.policy, model=args.policy_model, vocab=args.policy_vocab)
+            policy = policies.load(
+                policy or args.policy, model=args.policy_model, vocab=args.policy_vocab, weights=args.policy_weights
+            )
+        policies.check(policy, str(args.policy))
         vocoder = load_vocoder(vocoder or args.vocoder) if vocoder is None or isinstance(vocoder, str) else vocoder
         self.prompts = as_prompts(train_dataset, args, policy, held_out=False)
         self.heldout = heldout_prompts(eval_dataset, args, policy)
@@ -164,7 +167,7 @@ class RLHFTrainer(Trainer):
         after = self._listen("after")
         after_ema = self._listen_averaged("after")
         if self.args.should_save:
-            save_policy(self.policy, folder / "policy")
+            policies.save(self.policy, folder / "policy")
             if self.peft_config is not None:
                 save_lora(self.policy, folder / "adapter", base=self.args.policy)
             self._write_results(folder, before, after, after_ema, floor, seconds=time.monotonic() - started)
@@ -296,7 +299,7 @@ class RLHFTrainer(Trainer):
         }
         if self.average is not None:
             with self.average.applied():
-                save_policy(self.policy, folder / "policy_ema")
+                policies.save(self.policy, folder / "policy_ema")
             summary["after_ema"] = after_ema.metrics if after_ema else {}
             summary["policy_ema"] = str(folder / "policy_ema")
         write_json(folder / "summary.json", summary)
@@ -361,7 +364,7 @@ class RLHFTrainer(Trainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
         elif self.args.should_save:
-            save_policy(self.policy, output_dir or Path(self.args.output_dir) / "policy")
+            policies.save(self.policy, output_dir or Path(self.args.output_dir) / "policy")
 
 
 def _collate(dataset: PromptDataset, rows: Sequence[Mapping[str, Any]]) -> dict[str, Prompts]:

@@ -498,9 +498,7 @@ def test_save_model_exports_the_policy(tmp_path: Path, dataset: PromptDataset) -
 def test_policy_and_prompts_come_from_where_the_config_says(tmp_path: Path, monkeypatch: Any) -> None:
     """A weight file of F5-TTS with the name of its model; a data set of `datasets`, its splits and its own columns."""
     asked: list[Any] = []
-    monkeypatch.setattr(
-        "rlhf_mel.training.trainer.load_policy", lambda path, **how: asked.append((path, how)) or policy()
-    )
+    monkeypatch.setattr("rlhf_mel.policies.load", lambda path, **how: asked.append((path, how)) or policy())
     write_dataset(tmp_path)
     for split, texts in (("train", TEXTS), ("validation", TEXTS[:2])):
         clips = [{"path": None, "bytes": (tmp_path / "voice.wav").read_bytes()} for _ in texts]
@@ -525,6 +523,6 @@ def test_policy_and_prompts_come_from_where_the_config_says(tmp_path: Path, monk
             num_eval_prompts=9,
         ),
     )
-    assert asked == [("model_last.pt", {"model": "F5TTS_v1_Base", "vocab": "vocab.txt"})]
+    assert asked == [("model_last.pt", {"model": "F5TTS_v1_Base", "vocab": "vocab.txt", "weights": None})]
     assert [run.prompts[row]["text"] for row in range(len(run.prompts))] == list(TEXTS)
     assert run.heldout is not None and len(run.heldout) == 2
