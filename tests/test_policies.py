@@ -1,4 +1,4 @@
-"""A flow of one's own, that of docs/foreign_flows.md: trained, resumed, saved, loaded and sampled by the command line."""
+"""A flow of one's own, that of docs/foreign_flows.md: trained, resumed, saved, loaded, sampled on the command line."""
 
 from __future__ import annotations
 
