@@ -27,6 +27,7 @@ from rlhf_mel.evaluation.verdict import (
     UNDECIDED,
     WORSE,
     enough_in_words,
+    voices_in_words,
 )
 from rlhf_mel.speech.measures import JUDGE, MEASURES, measure
 
@@ -122,8 +123,20 @@ def _evidence(summary: Mapping[str, Any]) -> str:
         if name in before
     ]
     evidence = f'<p class="evidence">{", ".join(pairs)}.</p>' if pairs else ""
+    evidence += _by_voice(said)
     enough = f"<p>{escape(enough_in_words(said).capitalize())}.</p>" if said.get("overall") == TOO_FEW else ""
     return evidence + _guards_that(said, WORSE, "Limit not met", "bad") + _guards_that(said, UNDECIDED) + enough
+
+
+def _by_voice(said: Mapping[str, Any]) -> str:
+    """The changes of reward and judge in each voice, where they are all the policy has."""
+    labels = {"reward": "trained reward", JUDGE: measure(JUDGE).label}
+    parts = [
+        f"{label}{voices_in_words(_entries(said).get(name, {}))}"
+        for name, label in labels.items()
+        if _entries(said).get(name, {}).get("by_voice")
+    ]
+    return f"<p>By voice: {escape('; '.join(parts))}.</p>" if parts else ""
 
 
 def _guards_that(said: Mapping[str, Any], status: str, text: str = "Undecided", tone: str = "") -> str:

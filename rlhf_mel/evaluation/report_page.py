@@ -11,7 +11,7 @@ PAGE = """<!doctype html>
 @media (prefers-color-scheme: dark) { :root { --text: #e4e7eb; --soft: #98a1ab; --line: #343a42; --page: #16191d;
   --panel: #1f2329; --good: #58c48b; --bad: #ef8377; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem; background: var(--page); color: var(--text);
+body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 76rem; background: var(--page); color: var(--text);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.2rem; margin: 0 0 .5rem; }
@@ -31,10 +31,10 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .32rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child, td.words { text-align: left; }
 thead th { color: var(--soft); font-weight: 500; font-size: .85rem; }
-thead th:nth-child(5) { text-align: left; }
+thead th:nth-child(7) { text-align: left; }
 tbody th { padding-top: 1.1rem; font-size: .85rem; font-weight: 600; }
 tbody.trained td { background: color-mix(in srgb, var(--trained) 9%, transparent); }
-td.words { font-size: .87rem; color: var(--soft); }
+td.words { font-size: .87rem; color: var(--soft); white-space: normal; }
 td.good { color: var(--good); } .bad, td.bad { color: var(--bad); }
 figure svg { width: 100%; min-width: 36rem; height: auto; font-family: inherit; }
 article { background: var(--panel); border-radius: 10px; padding: 1rem 1.1rem; margin-top: 1rem; }

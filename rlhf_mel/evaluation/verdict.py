@@ -114,7 +114,7 @@ def _reward(before: EvaluationResult, after: EvaluationResult) -> Finding:
 
 def _judged(before: EvaluationResult, after: EvaluationResult) -> Finding:
     effect = MEASURES[JUDGE].effect or 0.0
-    limit = f"above 0; effect asked for: {effect:g}"
+    limit = f"above 0 (asked for: {effect:g})"
     if not _measured(JUDGE, before, after):
         return Finding(NOT_MEASURED, limit)
     means, interval = _compared(JUDGE, before, after)

@@ -23,7 +23,15 @@ from rlhf_mel.evaluation.report import MAX_BYTES, write_report
 RATE_HZ = 24_000
 VERDICT = {
     "overall": "reward up, judge not convinced",
-    "reward": {"change": 1.25, "low": 1.05, "high": 1.45, "status": "ok", "prompts": 50, "clusters": 3},
+    "reward": {
+        "change": 1.25,
+        "low": 1.05,
+        "high": 1.45,
+        "status": "ok",
+        "prompts": 50,
+        "clusters": 3,
+        "by_voice": {"joe": {"change": 1.0}, "slt": {"change": 1.5}},
+    },
     "judge": {
         "measure": "dnsmos_ovrl",
         "change": 0.1,
@@ -167,6 +175,7 @@ def test_the_trained_reward_stands_apart(html: str) -> None:
 def test_the_headline(html: str) -> None:
     assert "Reward up, judge not convinced</h1>" in html
     assert {"3.25 → 4.50", "2.75 → 2.85"} <= set(Page(html).bold)
+    assert "By voice: trained reward (joe +1, slt +1.5)." in html
     assert "+1.05 to +1.45" in html and "+0.07 to +0.13" in html
     assert "Limit not met: Character error rate." in html and "Undecided: Seconds of speech." in html
 
