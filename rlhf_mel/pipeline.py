@@ -264,7 +264,7 @@ class AnchoredPolicy(PolicyWrapper):
 
 
 def require_gradient(sampler: str, vocoder: Vocoder, rewards: Rewards) -> None:
-    """Raise unless the score has a gradient by the mel."""
+    """Raise unless the score has a gradient with respect to the mel."""
     if not rewards.differentiable or not vocoder.differentiable:
         lacking = [model.name for model in rewards.models if not model.differentiable]
         raise ValueError(

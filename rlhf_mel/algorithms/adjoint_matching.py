@@ -107,7 +107,7 @@ def lean_adjoint(
 ) -> tuple[Tensor, Tensor]:
     """g [K - first + 1, b, T, M] before each step from `first` on and at the end, and v_ref [K - first, b, T, M].
 
-    cond, finalize: the policy's, of the same prompts; end: the gradient by the finalized mel [b, T, M].
+    cond, finalize: the policy's, of the same prompts; end: the gradient with respect to the finalized mel [b, T, M].
     """
     steps = len(trajectory.t) - 1
     cond_ref = reference.encode(trajectory.prompts, cfg_strength=trajectory.cfg_strength)
@@ -132,7 +132,7 @@ def reward_gradient(pipeline: Pipeline, spoken: Rollout, prompts: Prompts) -> tu
         scores = pipeline.score(replace(spoken, mel=mel), prompts)
         if not scores.total.requires_grad:
             raise ValueError(
-                "adjoint_matching: expected rewards with a gradient by the mel, got some cut off from it; look "
+                "adjoint_matching: expected rewards with a gradient at the mel, got some cut off from it; look "
                 "for detach or no_grad in the vocoder"
             )
         (gradient,) = torch.autograd.grad(scores.total.sum(), mel)

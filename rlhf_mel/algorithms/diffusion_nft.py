@@ -4,9 +4,10 @@
     p_i = (1 + A_i / c) / 2 of [0, 1]                    c: advantage_clip; the "optimality probability" of a rollout
     loss = (c / b) mean_i [p_i |v+ - u|^2 + (1 - p_i) |v- - u|^2] + beta mean_i |v_theta - v_ref|^2
 
-Half its gradient by v_theta is A_i (v_old - u) + c b (v_theta - v_old): away from u or towards it, held to the old
-policy by c b. So against a fixed old policy the optimum is v_old + E[A (u - v_old) | x_t] / (c b), which is the paper's
-v_old + (2 / b) E[(p - 1/2) (u - v_old) | x_t], and as the old policy follows, the anchor alone decides where both end.
+Half its gradient with respect to v_theta is A_i (v_old - u) + c b (v_theta - v_old): away from u or towards it, held to
+the old policy by c b. So against a fixed old policy the optimum is v_old + E[A (u - v_old) | x_t] / (c b), which is the
+paper's v_old + (2 / b) E[(p - 1/2) (u - v_old) | x_t], and as the old policy follows, the anchor alone decides where
+both end.
 
 Rollouts are the old policy's (see ema.LaggedPolicy). With `adaptive_weighting`, as in the paper's experiments, both
 errors are those of the mel that a velocity points to, x_t + (1 - t) v, divided by their own mean size:

@@ -38,7 +38,7 @@ from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts
 
 WINDOW_TIMES = 0.05, 0.5
-"""Times at which the steps of a window begin, if it is not told where to lie.
+"""Default window position: times at which its steps begin.
 
 With sway a third of the steps begin before: so short, and with so much noise in what they begin with, that they learn
 little (docs/comparison.md).

@@ -172,7 +172,7 @@ class Examination:
 
 
 def run_update(case: Case, prompts: Prompts) -> Update:
-    """Collect, loss and gradient by the trainable weights, all as in the trainer; nothing is changed by it."""
+    """Collect, loss and gradient of the trainable weights, all as in the trainer; nothing is changed by it."""
     policy = case.pipeline.policy
     algorithm = copy.deepcopy(case.algorithm, {id(policy): policy})
     weights, device = trainable(policy), prompts.reference_audio.device

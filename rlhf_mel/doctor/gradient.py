@@ -71,7 +71,7 @@ def _where_it_breaks(exam: Examination) -> str:
         total = exam.case.pipeline.score(replace(exam.ode, mel=mel), exam.case.prompts).total.sum()
         (gradient,) = torch.autograd.grad(total, mel, allow_unused=True) if total.requires_grad else (None,)
     if gradient is None or not bool(gradient.any()):
-        return "the reward has no gradient by the mel; look for detach, numpy, rounding or clamps in vocoder and reward"
+        return "the reward has no gradient at the mel; look for detach, numpy, rounding or clamps in vocoder and reward"
     if not bool(gradient.isfinite().all()):
-        return "the reward's gradient by the mel is not finite; look for sqrt, log or division at 0, e.g. in padding"
+        return "the reward's gradient at the mel is not finite; look for sqrt, log or division at 0, e.g. in padding"
     return "the reward's gradient reaches the mel; look for detach or no_grad in encode, velocity and finalize"

@@ -83,7 +83,7 @@ def first_ratio_errors(case: Case, trajectories: Sequence[Trajectory], clip: Cli
 
 
 def check_sde_near_ode(exam: Examination) -> Finding:
-    """What is learnt on noisy rollouts is heard without noise: they should be worth about the same."""
+    """Training uses SDE noise, evaluation does not: both should be worth about the same."""
     name = "SDE near ODE"
     noise_level = max((t.sde.noise_level for t in trajectories_of(exam.update.collected)), default=0.0)
     if noise_level == 0:

@@ -131,7 +131,7 @@ def _norm_gradient(
     x, scale, passed, of_out, of_x, parts, rows, scale_step, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """of_x = passed + gradient by x of LN(x) (1 + scale) + shift; a program's part of those by scale and shift."""
+    """of_x = passed + gradient of LN(x) (1 + scale) + shift at x; a program's part of those of scale and shift."""
     item, column = tl.program_id(1), tl.arange(0, WIDTH)
     known = column < D
     factor = 1 + tl.load(scale + item * scale_step + column, mask=known, other=0.0).to(tl.float32)[None, :]
@@ -163,7 +163,7 @@ def _gate_gradient(
     branch, gate, grad, kept, of_branch, parts, rows, gate_step,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Gradient by branch of gate branch; a program's part of that by gate, and of the sum of the first over rows."""
+    """Gradient of gate * branch with respect to branch; a program's part of that of gate, and the first's row sum."""
     item, column = tl.program_id(1), tl.arange(0, WIDTH)
     known = column < D
     opened = tl.load(gate + item * gate_step + column, mask=known, other=0.0).to(tl.float32)[None, :]
@@ -198,7 +198,7 @@ def _sum_of_parts(parts, total, count, width, COUNT: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _gelu_gradient(x, grad, of_x, out, parts, rows, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Gradient by x of gelu(x), by tanh, and gelu(x) once more; a program's part of the first's sum over rows."""
+    """Gradient of gelu(x), tanh form, and gelu(x) once more; a program's part of the first's sum over rows."""
     column = tl.arange(0, WIDTH)
     known = column < D
     of_bias = tl.zeros((WIDTH,), dtype=tl.float32)
@@ -232,7 +232,7 @@ def _summed(x: Tensor, items: int, count: int, run: Callable[[tuple[int, int], T
 
 
 def norm_gradient(x: Tensor, scale: Tensor, passed: Tensor, of_out: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`passed` plus the gradient by x of LN(x) (1 + scale) + shift [B, T, D], and [items, 2, D] by scale and shift.
+    """`passed` plus the gradient of LN(x) (1 + scale) + shift at x [B, T, D]; those of scale, shift [items, 2, D].
 
     scale [items, 1, D], of every item or, being one, of all.
     """
@@ -249,7 +249,7 @@ def norm_gradient(x: Tensor, scale: Tensor, passed: Tensor, of_out: Tensor, eps:
 
 
 def gate_gradient(branch: Tensor, gate: Tensor, grad: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradient by branch [B, T, D] of gate branch, and [items, 2, D]: that by gate, and the first's sum over frames.
+    """Gradient of gate * branch for branch [B, T, D]; [items, 2, D]: that for gate, and the first's sum over frames.
 
     gate [items, 1, D], of every item or, being one, of all; mask [B, T]: frames that the last sum counts.
     """
@@ -268,7 +268,7 @@ def gate_gradient(branch: Tensor, gate: Tensor, grad: Tensor, mask: Tensor | Non
 
 
 def gelu_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient by x [B, T, D] of gelu(x), by tanh, what gelu(x) is, and the first's sum over frames, float32 [D]."""
+    """Gradient of gelu(x), tanh form, [B, T, D], what gelu(x) is, and the first's sum over frames, float32 [D]."""
     x, grad = x.contiguous(), grad.contiguous()
     of_x, out = torch.empty_like(x), torch.empty_like(x)
 

@@ -27,7 +27,7 @@ from rlhf_mel.types import Prompts
 
 
 def warmed_up(decay: float, updates: int) -> float:
-    """min(decay, (1 + n) / (10 + n)) at update n: an average that does not cling to its first weights (flow_grpo's)."""
+    """min(decay, (1 + n) / (10 + n)) at update n: warmed-up EMA decay, as flow_grpo's."""
     return min(decay, (1 + updates) / (10 + updates))
 
 

@@ -21,7 +21,7 @@ The first holds x_1 fixed over the step and solves what is then linear exactly, 
 x = t x_1 + (1 - t) n is an Ornstein-Uhlenbeck process with rho = exp(-int sigma^2 / (2 (1 - t)^2) dt). The second adds
 the same share of noise in every step, however small, so it converges to no SDE. The third is Euler-Maruyama, and wrong
 where dt is no less than t: near noise, in sway grids, x' has up to 1.24 times its deviation (a = 0.7) for any number
-of steps (tests/test_sde.py). The first two add no noise in the last step, the third hiss.
+of steps (tests/flow/test_sde.py). The first two add no noise in the last step, the third leaves residual noise.
 
 References: Liu et al. 2025, Flow-GRPO, arXiv 2505.05470; Wang & Yu 2025, Flow-CPS, arXiv 2509.05952; both as in
 github.com/yifan123/flow_grpo, whose time runs the other way. Zou et al. 2026, Precise, arXiv 2605.23522, finds the same

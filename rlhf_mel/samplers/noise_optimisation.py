@@ -94,7 +94,7 @@ class NoiseOptimisation:
     def _climb(
         self, policy: Policy, prompts: Prompts, noise: list[Tensor], free: list[Tensor], options: dict[str, Any]
     ) -> tuple[Rollout, Tensor, Sequence[Tensor]]:
-        """Rollout from `noise`, its objective [B] (-inf where there is none), and the gradient by each noise [T, M]."""
+        """Rollout from `noise`, its objective [B] (-inf where there is none), and its gradient at each noise [T, M]."""
         spoken = rollout(Restarted(policy), begin_at(prompts, noise), **options)
         total = self.rewards(vocode(self.vocoder, spoken), prompts).total
         energy = torch.stack([x0[own].square().sum() / 2 for x0, own in zip(noise, free, strict=True)])

@@ -34,7 +34,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[RLHFConfig, Mode
     """The command line (default: `sys.argv`), over `--config file.yaml`, over the defaults.
 
     Raises:
-        ValueError: an unknown key, or a value that cannot be meant.
+        ValueError: an unknown key, or an invalid value.
     """
     from trl import ModelConfig, TrlParser
 

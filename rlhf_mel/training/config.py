@@ -225,7 +225,7 @@ class RLHFConfig(TrainingArguments):
                 f"inductor; got {self.torch_compile_backend!r} and {self.torch_compile_mode!r}; remove them"
             )
         super().__post_init__()
-        # transformers would ask the model for what every solve does as it is: velocities run again in backward()
+        # every solve already recomputes activations: velocities run again in backward()
         self.gradient_checkpointing = self.activation_checkpointing = False
         _check_inherited(self)
         _check_rewards(self.reward_models, self.reward_weights, self.reward_kwargs)

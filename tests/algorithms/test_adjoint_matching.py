@@ -56,7 +56,7 @@ def test_a_sound_that_is_cut_off_from_the_mel_is_refused() -> None:
         def score(self, audio: Audio, prompts: Prompts) -> Tensor:
             return audio.waveform.sum(1)
 
-    with pytest.raises(ValueError, match="expected rewards with a gradient by the mel"):
+    with pytest.raises(ValueError, match="expected rewards with a gradient at the mel"):
         collect(GaussianPolicy(8), OfSound(domain="waveform"))
 
 

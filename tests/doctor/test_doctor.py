@@ -320,7 +320,7 @@ def test_a_reward_whose_gradient_is_cut_moves_no_weight(beta: float) -> None:
     rounded = Near(lambda score, audio: (100 * score).round())
     finding = check_gradient(Examination(case("draft", reward=rounded, beta=beta)))
     assert finding.status == "fail" and finding.numbers["gradient_norm"] == 0 and finding.numbers["zero_share"] == 1
-    assert "the reward has no gradient by the mel" in finding.advice
+    assert "the reward has no gradient at the mel" in finding.advice
 
 
 def test_a_detached_reward_is_refused_in_its_own_words() -> None:
@@ -357,7 +357,7 @@ def test_an_anchor_does_not_hide_that_the_reward_has_no_gradient(algorithm: str,
     finding = check_gradient(Examination(case(algorithm, policy, reward, beta=1.0, vocoder=vocoder)))
     assert finding.status == "fail"
     assert finding.numbers["gradient_norm"] > 0 and finding.numbers["reward_gradient_norm"] == 0
-    assert "follow the anchor alone: the reward has no gradient by the mel" in finding.advice
+    assert "follow the anchor alone: the reward has no gradient at the mel" in finding.advice
 
 
 def test_the_gradient_of_the_reward_is_that_of_draft_1() -> None:
@@ -391,7 +391,7 @@ def test_a_gradient_that_is_nan_is_found_at_the_reward() -> None:
     broken = Near(lambda score, audio: score + (0 * audio.waveform.sum(1)).sqrt())
     finding = check_gradient(Examination(case("draft", reward=broken)))
     assert finding.status == "fail" and finding.numbers["dropped_rollouts"] == 4
-    assert "gradient by the mel is not finite" in finding.advice
+    assert "gradient at the mel is not finite" in finding.advice
 
 
 def test_gradient_numbers_by_hand() -> None:

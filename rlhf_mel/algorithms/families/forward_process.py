@@ -60,7 +60,7 @@ class ForwardProcessOptions:
 
 
 def check_options(name: str, options: ForwardProcessOptions) -> None:
-    """Raise a ValueError on the first option that cannot be meant; `name` is the algorithm's."""
+    """Raise a ValueError on the first invalid option; `name` is the algorithm's."""
     check_scaling(name, options.scale_rewards, options.multi_objective_aggregation)
     draws, guidance = options.num_noise_samples, options.loss_cfg_strength
     if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:

@@ -244,7 +244,7 @@ class StandIn:
             self._ids[total.data_ptr()] = [id(weights[name])]
 
     def _join(self, attention: Any, original: Any, sums: Sums) -> None:
-        """Queries, keys and values by one product."""
+        """Fused QKV projection."""
         weights, biases = _projections(original)
         of_weight, of_bias = sums.joined[id(weights[0])], sums.joined[id(biases[0])]
         SummingAttention.change(attention, of_weight, of_bias)
@@ -257,7 +257,7 @@ class StandIn:
             torch._foreach_copy_([own for own, _ in self._copies], [weight for _, weight in self._copies])
 
     def differentiate(self, run: Rerun, leaves: Sequence[Any], cotangent: Tensor) -> Sequence[Tensor | None]:
-        """Gradients of <run(leaves), cotangent> by the leaves that have one; `run` computes with the stand-in."""
+        """Gradients of <run(leaves), cotangent> for the leaves that have one; `run` computes with the stand-in."""
         SUMMED.clear()
         with torch.enable_grad():
             v = run(leaves)

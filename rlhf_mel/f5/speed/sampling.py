@@ -212,7 +212,7 @@ def merged_weight(layer: Any) -> Tensor:
 
 
 class _FusedProjections(SelfAttention):
-    """Queries, keys and values by one product; the weights are parts of one."""
+    """Fused QKV projection; the weights are parts of one."""
 
     weight: Tensor
     bias: Tensor
@@ -288,7 +288,7 @@ FASTER: Mapping[type[nn.Module], Any] = {
     FeedForward: _FusedGELU,
     ConvPositionEmbedding: _PackedConvolutions,
 }
-"""What layers of a twin become."""
+"""Fast replacement for each layer type."""
 
 
 class _Graph:

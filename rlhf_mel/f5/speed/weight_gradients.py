@@ -19,7 +19,7 @@ from rlhf_mel.f5.backbones.dit import DiTBlock
 from rlhf_mel.f5.layers import FeedForward, Rope, SelfAttention, apply_rope, split_heads, zero_padding
 
 SUMMED: set[int] = set()
-"""Where the sums lie that have been added to."""
+"""Accumulators touched in this backward pass, by address."""
 
 
 def add_and_free(total: Tensor, leaf: Any) -> None:
@@ -58,7 +58,7 @@ def _(total: Tensor, grad: Tensor, x: Tensor) -> None:
 
 
 class _SummedLinear(torch.autograd.Function):
-    """F.linear; gradients by weight [O, I] and bias [O] are added to sums of their shapes."""
+    """F.linear; gradients of weight [O, I] and bias [O] are added to sums of their shapes."""
 
     @staticmethod
     def forward(
@@ -139,7 +139,7 @@ def _turned(parts: Sequence[Tensor], rope: Rope, turned: int) -> list[Tensor]:
 
 
 class _TurnedProjections(torch.autograd.Function):
-    """`turned_projections` in three; gradients by weight and bias are added to sums of their shapes."""
+    """`turned_projections` in three; gradients of weight and bias are added to sums of their shapes."""
 
     @staticmethod
     def forward(
@@ -190,7 +190,7 @@ class SummingAttention(SelfAttention):
     "rlhf_mel::gelu_gradient", mutates_args=(), schema="(Tensor x, Tensor grad) -> (Tensor, Tensor, Tensor)"
 )
 def gelu_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient by x [B, T, D] of gelu(x), by tanh, what gelu(x) is, and the first's sum over frames, float32 [D]."""
+    """Gradient of gelu(x), tanh form, [B, T, D], what gelu(x) is, and the first's sum over frames, float32 [D]."""
     if x.is_cuda:
         return _kernels().gelu_gradient(x, grad)
     found = torch.ops.aten.gelu_backward(grad.float(), x.float(), approximate="tanh")
@@ -248,7 +248,7 @@ class SummingFeedForward(FeedForward):
     schema="(Tensor x, Tensor scale, Tensor passed, Tensor of_out, float eps) -> (Tensor, Tensor)",
 )
 def norm_gradient(x: Tensor, scale: Tensor, passed: Tensor, of_out: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`passed` plus the gradient by x of LN(x) (1 + scale) + shift [B, T, D], and [items, 2, D] by scale and shift.
+    """`passed` plus the gradient of LN(x) (1 + scale) + shift at x [B, T, D]; those of scale, shift [items, 2, D].
 
     scale [items, 1, D], of every item or, being one, of all.
     """
@@ -273,7 +273,7 @@ def _(x: Tensor, scale: Tensor, passed: Tensor, of_out: Tensor, eps: float) -> t
     schema="(Tensor branch, Tensor gate, Tensor grad, Tensor? mask) -> (Tensor, Tensor)",
 )
 def gate_gradient(branch: Tensor, gate: Tensor, grad: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradient by branch [B, T, D] of gate branch, and [items, 2, D]: that by gate, and the first's sum over frames.
+    """Gradient of gate * branch for branch [B, T, D]; [items, 2, D]: that for gate, and the first's sum over frames.
 
     gate [items, 1, D], of every item or, being one, of all; mask [B, T]: frames that the last sum counts.
     """
@@ -315,7 +315,7 @@ class _ModulatedNorm(torch.autograd.Function):
 
 
 class _Gated(torch.autograd.Function):
-    """x + gate branch; the gradient by the bias that was added in branch, where mask is True, goes to its sum."""
+    """x + gate branch; the gradient of the bias that was added in branch, where mask is True, goes to its sum."""
 
     @staticmethod
     def forward(
