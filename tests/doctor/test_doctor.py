@@ -454,13 +454,15 @@ def test_a_batch_that_takes_more_memory_than_its_frames() -> None:
     held: list[Tensor] = []
 
     def hold(batch: int) -> None:
-        held[:] = [torch.ones(200 * MIB // 4)] if batch > 2 else []  # 200 MiB, touched
-        time.sleep(0.1)  # for the resident set to be read
+        held[:] = [torch.ones(600 * MIB // 4)] if batch > 2 else []  # 600 MiB, touched
+        time.sleep(0.3)  # for the resident set to be read, on a busy machine too
 
+    check_cost(Examination(case()))  # what the first update of a process loads is not this one's
     finding = check_cost(Examination(case(vocoder=Voice(hold))))
     numbers = finding.numbers
-    # predicted: 1.8 times what two rollouts take, a few MiB; and 200 is above 64 and half as much again
-    assert numbers["predicted_mib"] < 80 and numbers["measured_mib"] > 190
+    # predicted: 1.8 times what two rollouts take, tens of MiB; 600 is far above 64 and half as much again. What the
+    # allocator still held from before is not seen as taken: a sixth is left for that
+    assert numbers["predicted_mib"] < 200 and numbers["measured_mib"] > 500
     assert finding.status == "warn" and "far more memory than its frames" in finding.advice
     assert "time" not in finding.advice, "as long for each batch"
 
