@@ -36,21 +36,35 @@ def load(
     weights: for such a function, a folder that `save` wrote.
 
     Raises:
-        FileNotFoundError, ImportError: no such name, module or folder.
+        FileNotFoundError: no such name or folder.
         TypeError: what the function made is not a policy.
-        ValueError: the weights are of another policy.
+        ValueError: no such module or function, or the weights are of another policy.
     """
     if ":" not in str(name) or Path(name).exists():
         if weights is not None:
             raise ValueError(f"policy {name}: expected 'package.module:function' with weights of its own, got a name")
         _refuse_own(Path(name))
         return load_policy(name, model=model, vocab=vocab, device=device)
-    module, _, function = str(name).partition(":")
-    policy = getattr(importlib.import_module(module), function)()
+    policy = _function(str(name))()
     check(policy, str(name))
     if weights is not None:
         _read(policy, Path(weights))
     return policy.to(device).eval()
+
+
+def _function(name: str) -> Any:
+    module_name, _, function = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and lacks something of its own
+        raise ValueError(
+            f"policy {name!r}: no module {error.name!r}; put its folder on the path, e.g. PYTHONPATH=."
+        ) from error
+    if not hasattr(module, function):
+        raise ValueError(f"policy {name!r}: module {module_name} has no {function!r}; define it there")
+    return getattr(module, function)
 
 
 def _refuse_own(folder: Path) -> None:
@@ -59,7 +73,8 @@ def _refuse_own(folder: Path) -> None:
     if config.is_file() and "flow" in (found := json.loads(config.read_text(encoding="utf-8"))):
         raise ValueError(
             f"{folder}: expected weights of F5-TTS or its kin, got those of {found['flow']}; name the function that "
-            "makes it, and the folder: --policy package.module:function --policy_weights FOLDER"
+            "makes it, and the folder: --policy package.module:function --policy_weights FOLDER (of `rlhf-mel sample`: "
+            "--weights FOLDER)"
         )
 
 

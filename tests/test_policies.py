@@ -116,6 +116,10 @@ def test_what_is_no_policy_is_refused_before_anything_is_done(tmp_path: Path) ->
         TypeError, match=r"got Linear without \['durations', 'encode', 'prior', 'velocity', 'timesteps'"
     ):
         policies.load("others:half")
+    with pytest.raises(ValueError, match="no module 'absent'; put its folder on the path"):
+        policies.load("absent:build")
+    with pytest.raises(ValueError, match="module others has no 'nope'"):
+        policies.load("others:nope")
     flow = policies.load("my_flow:build")
     del flow.mel_spec
     with pytest.raises(TypeError, match="expected an attribute mel_spec"):

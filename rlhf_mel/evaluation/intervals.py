@@ -29,8 +29,8 @@ from scipy import stats
 CONFIDENCE = 0.95
 
 
-MOST_CLUSTERS = 100_000
-"""Where the search for enough prompts ends."""
+MOST_TIMES = 100
+"""How many times what there is may be foreseen to be enough; beyond that an estimate is none."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,17 @@ def mean_interval(differences: Sequence[float] | np.ndarray, clusters: Sequence[
     All in one cluster is taken as none: one voice says nothing of other voices, and its prompts are what was drawn.
     """
     values = np.asarray(differences, dtype=np.float64)
-    names = list(clusters) or list(range(len(values)))
+    names = [str(name) for name in clusters] or [str(row) for row in range(len(values))]
     if len(names) != len(values):
         raise ValueError(f"expected a cluster a difference, got {len(values)} differences and {len(names)} clusters")
     finite = np.isfinite(values)
     values, names = values[finite], [name for name, kept in zip(names, finite, strict=True) if kept]
     if len(set(names)) < 2:
-        names = list(range(len(values)))
+        names = [str(row) for row in range(len(values))]
     if len(values) < 2:
         change = float(values[0]) if len(values) else math.nan
         return Interval(change, -math.inf, math.inf, math.nan, len(values), len(values))
-    index = np.unique(np.array([str(name) for name in names]), return_inverse=True)[1]
+    index = np.unique(np.array(names), return_inverse=True)[1]
     sizes = np.bincount(index).astype(np.float64)
     change = float(values.mean())
     error = _standard_error(np.bincount(index, values - change), sizes)
@@ -94,7 +94,7 @@ def needed(interval: Interval, margin: float) -> tuple[int, int] | None:
     if not margin > 0 or not math.isfinite(interval.standard_error):
         return None
     per_cluster = interval.standard_error * math.sqrt(interval.clusters)
-    counts = np.unique(np.geomspace(2, MOST_CLUSTERS, 2000).astype(int))
+    counts = np.unique(np.geomspace(2, MOST_TIMES * interval.clusters, 2000).astype(int))
     enough = counts[stats.t.ppf((1 + CONFIDENCE) / 2, counts - 1) * per_cluster / np.sqrt(counts) <= margin]
     if not len(enough):
         return None

@@ -22,6 +22,7 @@ from rlhf_mel.evaluation.verdict import (
     NO_RISE,
     NOT_CONVINCED,
     NOT_IMPROVED,
+    NOT_MEASURED,
     OK,
     TOO_FEW,
     UNDECIDED,
@@ -47,7 +48,7 @@ NOT_SHOWN = ("reward", "reward_std")
 
 EXPLAINED: Mapping[str, str] = {
     CONFIRMED: "The reward rose on prompts it was not trained on, a judge that was not trained on hears it too, "
-    "and every guard held: each with 95 % confidence.",
+    "and every guard that was measured held: each with 95 % confidence.",
     NOT_CONVINCED: "The reward rose, but a judge or guard that was not trained on does not confirm it. Listen before "
     "you trust it: this is what reward hacking looks like.",
     TOO_FEW: "The reward rose. Whether a judge that was not trained on hears it, at what cost, these prompts cannot "
@@ -125,7 +126,8 @@ def _evidence(summary: Mapping[str, Any]) -> str:
     evidence = f'<p class="evidence">{", ".join(pairs)}.</p>' if pairs else ""
     evidence += _by_voice(said)
     enough = f"<p>{escape(enough_in_words(said).capitalize())}.</p>" if said.get("overall") == TOO_FEW else ""
-    return evidence + _guards_that(said, WORSE, "Limit not met", "bad") + _guards_that(said, UNDECIDED) + enough
+    failed = _guards_that(said, WORSE, "Limit not met", "bad") + _guards_that(said, UNDECIDED)
+    return evidence + failed + _guards_that(said, NOT_MEASURED, "Not measured, so not guarded") + enough
 
 
 def _by_voice(said: Mapping[str, Any]) -> str:
@@ -218,7 +220,7 @@ def _row(
         f'<td class="{tone}">{_amount(change, known.digits, share and "change" in entry)}</td>'
         f"<td>{_interval(entry, known.digits, share)}</td><td>{_amount(chance, known.digits, share)}</td>"
         f'<td class="words">{escape(entry.get("limit", ""))}</td>'
-        f'<td class="words {tone}">{escape(status)}</td></tr>'
+        f'<td class="words {tone}">{escape(": ".join(filter(None, [status, entry.get("reason")])))}</td></tr>'
     )
 
 

@@ -13,10 +13,11 @@ by itself, and a judge who hears a fall in one of them, its interval below 0, do
 | worse     |                           |                                     | it lies beyond the range              |
 | undecided | there is one prompt only  | else                                | it straddles the end of the range     |
 
-The verdict is "confirmed" if all are ok, and "reward not improved" if the reward is not. If it is, and the judge or a
-guard says no, or the judge did not listen, it is "reward up, judge not convinced"; if they are only undecided, the
-prompts are too few for the effects asked for, and the verdict names how many would do. With no effect on the judge
-"confirmed" is an event of at most 2.5 %; recipes/false_verdicts.py counts it.
+The verdict is "confirmed" if all that was measured is ok, and "reward not improved" if the reward is not. If it is, and
+the judge or a guard says no, or the judge did not listen, it is "reward up, judge not convinced"; if they are only
+undecided, the prompts are too few to tell, and the verdict names how many would, should the change stay as it is. With
+no effect on the judge "confirmed" is an event of about 2.5 %; recipes/false_verdicts.py counts it. A guard that was not
+measured stops nothing, and is named.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def verdict(before: EvaluationResult, after: EvaluationResult, floor: Evaluation
         `clusters`, `limit`, `status`; `noise_floor` by measure: `change`, `low`, `high`; `prompts_needed` and
         `clusters_needed` where the verdict is that there are too few (None: more than can be foreseen).
     """
+    _check_pair(before, after)
     reward = _reward(before, after)
     judge = _judged(before, after)
     guarded = {name: known.guard for name, known in MEASURES.items() if known.guard is not None}
@@ -87,17 +89,20 @@ class Finding:
 
     status: str
     limit: str = ""
+    reason: str = ""
+    """Where the interval alone does not say why."""
     before: float = math.nan
     after: float = math.nan
     interval: Interval | None = None
     by_voice: Mapping[str, Interval] = field(default_factory=dict)
     """Where the voices are all there are."""
     margin: float = math.nan
-    """How narrow an interval is asked for: +- the effect of the judge, +- what a guard allows."""
+    """How narrow an interval around this change would decide: +- its distance from what decides."""
 
     @property
     def as_dict(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"status": self.status} | ({"limit": self.limit} if self.limit else {})
+        words = {"limit": self.limit, "reason": self.reason}
+        found: dict[str, Any] = {"status": self.status} | {name: text for name, text in words.items() if text}
         if self.interval is None:
             return found
         voices = {voice: asdict(interval) for voice, interval in self.by_voice.items()}
@@ -105,48 +110,86 @@ class Finding:
         return {"before": self.before, "after": self.after, **asdict(self.interval), **found}
 
 
+def _check_pair(before: EvaluationResult, after: EvaluationResult) -> None:
+    """Raise unless both are of the same prompts, as far as can be told."""
+    for name in before.measures.keys() & after.measures.keys():
+        if (one := len(before.measures[name])) != (other := len(after.measures[name])):
+            raise ValueError(
+                f"verdict: expected two evaluations of the same prompts, got {one} and {other} of {name!r}"
+            )
+    if list(before.voices) != list(after.voices) or before.closed != after.closed:
+        raise ValueError("verdict: expected evaluations of the same prompts, got other voices; hear them again")
+
+
 def _reward(before: EvaluationResult, after: EvaluationResult) -> Finding:
-    """Undecided only where there is no interval at all: a reward has no effect that is asked for."""
+    """Undecided where one prompt alone rose: a reward has no effect that is asked for."""
     means, interval = _compared("reward", before, after)
-    status = OK if interval.low > 0 else UNDECIDED if interval.prompts == 1 else NO_RISE
-    return Finding(status, "", *means, interval, _by_voice("reward", before, after))
+    status = OK if interval.low > 0 and interval.standard_error > 0 else NO_RISE
+    if interval.prompts == 1 and interval.change > 0:
+        status = UNDECIDED
+    reason = ""
+    if lost := _lost("reward", before, after):
+        status, reason = NO_RISE, f"not finite any more on {lost} prompts"
+    by_voice = _by_voice("reward", before, after)
+    return Finding(status, "", reason, *means, interval, by_voice)
 
 
 def _judged(before: EvaluationResult, after: EvaluationResult) -> Finding:
     effect = MEASURES[JUDGE].effect or 0.0
     limit = f"above 0 (asked for: {effect:g})"
-    if not _measured(JUDGE, before, after):
+    if not _measured(JUDGE, before):
         return Finding(NOT_MEASURED, limit)
+    if JUDGE not in after.measures:
+        return Finding(NO_RISE, limit, "not measured any more")
     means, interval = _compared(JUDGE, before, after)
-    status = OK if interval.low > 0 else NO_RISE if interval.high < effect else UNDECIDED
+    status, reason = _heard(interval, effect), ""
     by_voice = _by_voice(JUDGE, before, after)
-    if _lost(JUDGE, before, after) or any(voice.high < 0 for voice in by_voice.values()):
-        status = NO_RISE
-    return Finding(status, limit, *means, interval, by_voice, effect)
+    if single := [voice for voice, found in by_voice.items() if found.prompts < 2]:
+        status, reason = UNDECIDED, f"fewer than two prompts of {', '.join(single)}"
+    if falling := [voice for voice, found in by_voice.items() if found.high < 0]:
+        status, reason = NO_RISE, f"falls in {', '.join(falling)}"
+    if lost := _lost(JUDGE, before, after):
+        status, reason = NO_RISE, f"not measurable any more on {lost} prompts"
+    margin = max(interval.change, effect - interval.change)  # either 0 or the effect would be excluded
+    return Finding(status, limit, reason, *means, interval, by_voice, margin)
+
+
+def _heard(interval: Interval, effect: float) -> str:
+    if interval.low > 0 and interval.standard_error > 0:
+        return OK
+    return NO_RISE if interval.high < effect else UNDECIDED
 
 
 def _guarded(name: str, guard: Guard, before: EvaluationResult, after: EvaluationResult) -> Finding:
-    if not _measured(name, before, after):
+    if not _measured(name, before):
         return Finding(NOT_MEASURED, guard.limit)
+    if name not in after.measures:
+        return Finding(WORSE, guard.limit, "not measured any more")
     means, interval = _compared(name, before, after, relative=guard.relative)
-    status = UNDECIDED
+    status, reason = UNDECIDED, ""
     if interval.low >= guard.low and interval.high <= guard.high:
         status = OK
     elif interval.low > guard.high or interval.high < guard.low:
         status = WORSE
-    if not guard.may_be_missing and _lost(name, before, after):
-        status = WORSE
-    return Finding(status, guard.limit, *means, interval, margin=min(-guard.low, guard.high))
+    lost, measured = _lost(name, before, after), int(_finite(name, before).sum())
+    if lost > (MAY_BE_LOST * measured if guard.may_be_missing else 0):
+        status, reason = WORSE, f"not measurable any more on {lost} of {measured} prompts"
+    margin = min(abs(interval.change - guard.low), abs(guard.high - interval.change))
+    return Finding(status, guard.limit, reason, *means, interval, margin=margin)
 
 
-def _measured(name: str, before: EvaluationResult, after: EvaluationResult) -> bool:
-    """Whether any prompt has the measure both times."""
-    return name in before.measures and name in after.measures and bool(_finite(name, before).any())
+MAY_BE_LOST = 0.1
+"""Share of the prompts in which a measure that may be missing, pitch, may be lost."""
 
 
-def _lost(name: str, before: EvaluationResult, after: EvaluationResult) -> bool:
-    """Whether a prompt that could be measured before no longer can."""
-    return bool((_finite(name, before) & ~_finite(name, after)).any())
+def _measured(name: str, before: EvaluationResult) -> bool:
+    """Whether any prompt had the measure."""
+    return name in before.measures and bool(_finite(name, before).any())
+
+
+def _lost(name: str, before: EvaluationResult, after: EvaluationResult) -> int:
+    """Prompts that could be measured before and no longer can."""
+    return int((_finite(name, before) & ~_finite(name, after)).sum())
 
 
 def _finite(name: str, result: EvaluationResult) -> np.ndarray:
@@ -200,24 +243,31 @@ def in_words(said: Mapping[str, Any]) -> list[str]:
     floors = said["noise_floor"]
     lines = [_sentence("reward", said["reward"], floors)]
     name = said["judge"]["measure"]
-    lines.append(_sentence(name, said["judge"], floors) if "change" in said["judge"] else f"{name} not measured")
+    lines.append(_sentence(name, said["judge"], floors))
     lines += [
         f"{_sentence(name, guard, floors)}; limit: {guard['limit']}"
         for name, guard in said["guards"].items()
         if guard["status"] in (WORSE, UNDECIDED)
     ]
+    if unmeasured := [name for name, guard in said["guards"].items() if guard["status"] == NOT_MEASURED]:
+        lines.append(f"not measured: {', '.join(unmeasured)}")
     return lines + ([enough_in_words(said)] if said["overall"] == TOO_FEW else [])
 
 
 def _sentence(name: str, entry: Mapping[str, Any], floors: Mapping[str, Mapping[str, float]]) -> str:
+    why = f", {entry['reason']}" if "reason" in entry else ""
+    if "change" not in entry:
+        return f"{name}: {entry['status']}{why}"
     by_chance = f", by another seed {floors[name]['change']:+.3g}" if name in floors else ""
     interval = f"[{entry['low']:+.3g}, {entry['high']:+.3g}]"
-    return f"{name} {entry['change']:+.3g} {interval}{by_chance}: {entry['status']}{voices_in_words(entry)}"
+    return f"{name} {entry['change']:+.3g} {interval}{by_chance}: {entry['status']}{why}{voices_in_words(entry)}"
 
 
 def voices_in_words(entry: Mapping[str, Any]) -> str:
-    """The change in each voice, where they are told apart: " (joe +0.1, slt -0.2)"."""
-    voices = [f"{voice} {interval['change']:+.2g}" for voice, interval in entry.get("by_voice", {}).items()]
+    """The change in each voice, where they are told apart: " (joe +0.1, slt -0.2)"; a dash where there is none."""
+    changes = {voice: interval["change"] for voice, interval in entry.get("by_voice", {}).items()}
+    known = {voice: change is not None and math.isfinite(change) for voice, change in changes.items()}
+    voices = [f"{voice} {change:+.2g}" if known[voice] else f"{voice} –" for voice, change in changes.items()]
     return f" ({', '.join(voices)})" if voices else ""
 
 
@@ -225,7 +275,7 @@ def enough_in_words(said: Mapping[str, Any]) -> str:
     """How many prompts, in how many voices, would tell."""
     prompts, clusters = said["prompts_needed"], said["clusters_needed"]
     if prompts is None:
-        return "too few prompts to say how many would do"
+        return "how many prompts would tell cannot be foreseen: a change is too near its limit"
     if said["reward"]["clusters"] == said["reward"]["prompts"]:
         return f"about {prompts} prompts would tell (here: {said['reward']['prompts']})"
     here = f"{said['reward']['prompts']} in {said['reward']['clusters']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -450,8 +451,10 @@ def test_a_batch_that_costs_more_than_its_frames(monkeypatch: pytest.MonkeyPatch
     assert finding.status == "warn" and "far more time than its frames" in finding.advice
 
 
-def test_a_batch_that_takes_more_memory_than_its_frames() -> None:
+def test_a_batch_that_takes_more_memory_than_its_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[Tensor] = []
+    seconds = itertools.count()
+    monkeypatch.setattr(doctor_case, "_now", lambda device: float(next(seconds)))  # every part takes a second
 
     def hold(batch: int) -> None:
         held[:] = [torch.ones(600 * MIB // 4)] if batch > 2 else []  # 600 MiB, touched

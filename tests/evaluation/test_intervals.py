@@ -64,6 +64,7 @@ def test_voices_that_move_together_are_no_evidence_by_their_prompts() -> None:
 
 
 def test_what_is_not_finite_does_not_count() -> None:
+    assert mean_interval([1.0, 2.0], ["1", 1]) == mean_interval([1.0, 2.0])  # one voice, whatever its type
     found = mean_interval([1.0, math.nan, 2.0, 3.0], ["a", "b", "b", "c"])
     assert found == mean_interval([1.0, 2.0, 3.0], ["a", "b", "c"]) and found.prompts == 3
 

@@ -193,6 +193,18 @@ def test_too_few_prompts_is_said_with_how_many_would_do(tmp_path: Path) -> None:
     assert "About 400 prompts in 24 voices would tell (here: 50 in 3)." in html and "That is no confirmation." in html
 
 
+def test_a_voice_without_a_finite_change_is_a_dash(tmp_path: Path) -> None:
+    """As a run writes it: NaN is null in summary.json."""
+    folder = write_run(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["verdict"]["reward"]["by_voice"]["joe"] = {"change": None, "low": None, "high": None}
+    summary["verdict"]["judge"]["reason"] = "falls in joe"
+    (folder / "summary.json").write_text(json.dumps(summary))
+    html = write_report(folder).read_text()
+    assert "trained reward (joe –, slt +1.5)" in html and "ok: falls in joe</td>" in html
+    assert "Not measured, so not guarded: Voice similarity to the reference." in html
+
+
 def test_colour_says_only_what_is_not_noise(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
