@@ -1,6 +1,6 @@
 """How well the words can be made out: the bundled recognizer's log-likelihood of the text, per character.
 
-    score = log p(text | mel) / characters <= 0,    p by CTC, the sum over all alignments (see rlhf_mel/recognizer.py)
+    score = log p(text | mel) / characters <= 0,    p by CTC, the sum over all alignments (see rlhf_mel/speech/recognizer.py)
 
 0 is certain; at -0.1 a character has a probability of 0.9. Below it is not bounded, and not clipped: where clipped it
 would have no gradient, and the worst speech would not be mended.
@@ -15,6 +15,7 @@ A text that needs more frames than there are has no likelihood: its score is -in
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -24,11 +25,7 @@ from rlhf_mel.types import Audio, Prompts
 
 
 class Intelligibility(nn.Module):
-    """The recognizer as a frozen reward model.
-
-    Args:
-        recognizer: "tiny" (bundled), or a folder, as load_recognizer takes it; of the policy's mels.
-    """
+    """The recognizer as a frozen reward model."""
 
     name = "intelligibility"
     differentiable = True
@@ -37,9 +34,29 @@ class Intelligibility(nn.Module):
     needs = frozenset({"text"})
     range = (-math.inf, 0.0)
 
-    def __init__(self, recognizer: str | Path = "tiny") -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of the reward `intelligibility`."""
+
+        recognizer: str | Path = "tiny"
+        """Who listens: 'tiny' (bundled), or a folder that recipes/train_recognizer.py wrote; of the policy's mels."""
+
+        def __post_init__(self) -> None:
+            if not isinstance(self.recognizer, str | Path):
+                raise ValueError(
+                    f"recognizer of reward 'intelligibility': expected 'tiny' or a folder, got {self.recognizer!r}; "
+                    "name one"
+                )
+            if str(self.recognizer) != "tiny" and not Path(self.recognizer).is_dir():
+                raise ValueError(
+                    "recognizer of reward 'intelligibility': expected 'tiny' or a folder with recognizer.json, got "
+                    f"{str(self.recognizer)!r}; train one with recipes/train_recognizer.py"
+                )
+
+    def __init__(self, config: Config | None = None) -> None:
         super().__init__()
-        self.recognizer = load_recognizer(recognizer)
+        self.config = config or self.Config()
+        self.recognizer = load_recognizer(self.config.recognizer)
 
     def train(self, mode: bool = True) -> Intelligibility:
         """A judge does not learn: always in evaluation mode."""

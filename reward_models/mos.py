@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -66,12 +67,7 @@ def compressed_stft(waveform: Tensor, eps: float) -> Tensor:
 
 
 class Mos(nn.Module):
-    """DistillMOS as a frozen reward model.
-
-    Args:
-        compression_eps: larger: smaller gradients, carried less by what is inaudible, and a score further from the
-            package's. 1e-3 can differ by 0.3, 1e-2 by 0.8.
-    """
+    """DistillMOS as a frozen reward model."""
 
     name = "mos"
     differentiable = True
@@ -82,9 +78,25 @@ class Mos(nn.Module):
 
     silence_features: Tensor
 
-    def __init__(self, compression_eps: float = COMPRESSION_EPS) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of the reward `mos`."""
+
+        compression_eps: float = COMPRESSION_EPS
+        """Magnitude below which the compression is linear. Larger: smaller gradients, carried less by what is
+        inaudible, and a score further from the package's: by up to 0.3 for 1e-3, by up to 0.8 for 1e-2."""
+
+        def __post_init__(self) -> None:
+            eps = self.compression_eps
+            if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
+                raise ValueError(
+                    f"compression_eps of reward 'mos': expected a number above 0, got {eps!r}; write 1.0e-3, not 1e-3, "
+                    "in YAML, which takes the latter for a text"
+                )
+
+    def __init__(self, config: Config | None = None) -> None:
         super().__init__()
-        self.compression_eps = compression_eps
+        self.config = config or self.Config()
         # Built without memory, then given the checkpoint's tensors: no random numbers are drawn for the weights.
         with torch.device("meta"):
             self.network = ConvTransformerSQAModel(load_weights=False)
@@ -136,7 +148,7 @@ class Mos(nn.Module):
         return torch.cat([speech[:, :, :heard], silence[:, :, heard:]], dim=2)
 
     def _cnn(self, waveform: Tensor) -> Tensor:
-        return self.network.cnn.cnn(compressed_stft(waveform, self.compression_eps)).flatten(1, 2)
+        return self.network.cnn.cnn(compressed_stft(waveform, self.config.compression_eps)).flatten(1, 2)
 
 
 reward_model = Mos

@@ -3,15 +3,18 @@
     rlhf-mel sample --text "Good morning." --reference me.wav --reference_text "What I say there." --out hello.wav
     rlhf-mel sample --prompts prompts.jsonl --out folder --policy F5TTS_v1_Base --steps 32 --seed 1 --device cuda
     rlhf-mel doctor --config my.yaml --json checks.json
+    rlhf-mel rewards
 
 `sample` speaks one text or a list of prompts (prompt_files.py) with any policy: bundled, published, a file, a folder, a
 hub id, or "package.module:function" that builds one (adapters/). Noise depends on seed and row alone, so the batch size
-changes nothing but the time. `doctor` examines a run before it begins (doctor/checks.py).
+changes nothing but the time. `doctor` examines a run before it begins (doctor/checks.py). `rewards` lists the rewards
+that a run can name, and their options.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +28,8 @@ from rlhf_mel.data.prompts import DURATION_RULES, PromptDataset, PromptOptions, 
 from rlhf_mel.flow.noise import item_generator
 from rlhf_mel.flow.policy import rollout
 from rlhf_mel.pipeline import vocode
+from rlhf_mel.rewards.load import find_reward, known_rewards
+from rlhf_mel.rewards.options import describe
 from rlhf_mel.speech.audio import MelSpec
 from rlhf_mel.vocoders import Vocoder, load_vocoder
 
@@ -51,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; `run` of what it returns is the function that carries one out."""
     parser = argparse.ArgumentParser(prog="rlhf-mel", description="RLHF for generated mel spectrograms.")
     commands = parser.add_subparsers(dest="command", required=True)
     sample = commands.add_parser("sample", help="speak a text, or a list of prompts, in the voice of a reference clip")
@@ -86,7 +92,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(run=run_doctor)
     doctor.add_argument("--json", type=Path, help="write what was measured to this file")
+    rewards = commands.add_parser("rewards", help="list the rewards that --reward_models can name, and their options")
+    rewards.set_defaults(run=run_rewards)
     return parser
+
+
+def run_rewards(args: argparse.Namespace) -> None:
+    """Print each reward of reward_models/, and its options with their defaults: what --reward_kwargs takes."""
+    for name in known_rewards():
+        reward = find_reward(name)
+        gradient = "with a gradient" if reward.differentiable else "without a gradient"
+        print(f"{name}: {(inspect.getdoc(reward) or '').splitlines()[0]} Hears the {reward.domain}, {gradient}.")
+        for option in describe(reward):
+            print(f"    {option.name} = {option.default!r}\n        {option.meaning}")
+    print("""Options of a run: --reward_kwargs '{"NAME": {"OPTION": VALUE}}', in YAML a mapping.""")
 
 
 def run_doctor(args: argparse.Namespace) -> int:

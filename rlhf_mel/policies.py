@@ -6,7 +6,6 @@ it is of, and is loaded by `load("my_module:build", weights="runs/mine/policy")`
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from rlhf_mel.f5.cfm import CFM
 from rlhf_mel.f5.checkpoints import CONFIG, WEIGHTS, load_policy, merged_state, require_text, save_policy
 from rlhf_mel.flow.policy import Policy
+from rlhf_mel.lookup import load_object
 from rlhf_mel.storage import write_whole
 
 
@@ -45,26 +45,11 @@ def load(
             raise ValueError(f"policy {name}: expected 'package.module:function' with weights of its own, got a name")
         _refuse_own(Path(name))
         return load_policy(name, model=model, vocab=vocab, device=device)
-    policy = _function(str(name))()
+    policy = load_object(str(name), "policy")()
     check(policy, str(name))
     if weights is not None:
         _read(policy, Path(weights))
     return policy.to(device).eval()
-
-
-def _function(name: str) -> Any:
-    module_name, _, function = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, and lacks something of its own
-        raise ValueError(
-            f"policy {name!r}: no module {error.name!r}; put its folder on the path, e.g. PYTHONPATH=."
-        ) from error
-    if not hasattr(module, function):
-        raise ValueError(f"policy {name!r}: module {module_name} has no {function!r}; define it there")
-    return getattr(module, function)
 
 
 def _refuse_own(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS: Sequence[set[str]] = (
-    {"types", "masked", "modules", "storage", "metrics", "progress"},
+    {"types", "masked", "modules", "storage", "metrics", "progress", "lookup"},
     {"flow", "speech"},
     {"f5", "adapters", "vocoders", "rewards", "data"},
     {"pipeline", "policies"},

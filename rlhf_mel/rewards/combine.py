@@ -47,11 +47,14 @@ class Rewards:
         weights: Sequence[float] | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        """weights: one a reward, 1 unless given. options: keyword arguments of classes, by the names in `models`."""
+        """weights: one a reward, 1 unless given. options: those of a reward (options.py), by its name in `models`."""
         if isinstance(models, str) or not models:
             raise ValueError(f"rewards: expected a list of at least one reward, got {models!r}")
+        options = options or {}
+        if unused := sorted(options.keys() - {model for model in models if isinstance(model, str)}):
+            raise ValueError(f"rewards: expected options of {list(models)}, got those of {unused}; name it in the list")
         self.models: list[RewardModel] = [
-            load_reward(model, (options or {}).get(model) if isinstance(model, str) else None) for model in models
+            load_reward(model, options.get(model) if isinstance(model, str) else None) for model in models
         ]
         self.weights = [1.0] * len(self.models) if weights is None else [float(w) for w in weights]
         if len(self.weights) != len(self.models):

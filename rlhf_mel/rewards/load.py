@@ -6,10 +6,12 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+from rlhf_mel.lookup import did_you_mean, load_object
 from rlhf_mel.rewards.base import RewardModel, RewardSpec, check_declarations
 from rlhf_mel.rewards.function import FunctionReward
+from rlhf_mel.rewards.options import build, check_options
 
 
 def known_rewards() -> list[str]:
@@ -21,59 +23,41 @@ def known_rewards() -> list[str]:
 def load_reward(spec: RewardSpec, options: Mapping[str, Any] | None = None) -> RewardModel:
     """The reward model called `spec`: "mos", "package.module:Name", a reward model, its class or a plain function.
 
-    options: keyword arguments of its class.
+    options: fields of the Config of its class, or keyword arguments of a class without one (see options.py).
 
     Raises:
-        ValueError: no such name, the message lists the known ones; or no such option.
+        ValueError: no such name, the message lists the known ones; no such option, or a wrong value of one.
         TypeError: what was found is not a reward.
     """
-    found: Any = _find(spec) if isinstance(spec, str) else spec
-    if inspect.isclass(found):
-        _check_options(spec, found, options or {})
-        found = found(**(options or {}))
-    elif options:
+    reward: Any = find_reward(spec) if isinstance(spec, str) else spec
+    name = spec if isinstance(spec, str) else str(getattr(spec, "__qualname__", type(spec).__qualname__))
+    if inspect.isclass(reward):
+        reward = build(reward, options or {}, name=name)
+    else:
+        check_options(reward, options or {}, name=name)
+    if callable(getattr(reward, "score", None)):
+        check_declarations(reward)
+        return cast(RewardModel, reward)
+    if callable(reward):
+        return FunctionReward(reward)
+    raise TypeError(f"reward {name!r}: expected a reward model or a function, got {type(reward).__name__}")
+
+
+def find_reward(name: str) -> Any:
+    """The class, object or function behind the name of a reward; nothing is built.
+
+    Raises:
+        ValueError: no such name; the message lists the known ones.
+    """
+    check_name(name)
+    return load_object(name if ":" in name else f"reward_models.{name}:reward_model", "reward")
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a name without a colon that is no file of reward_models/; nothing is imported."""
+    known = known_rewards()
+    if ":" not in name and name not in known:
         raise ValueError(
-            f"reward {spec!r}: expected a class to give options to, got {type(found).__name__}; remove them"
+            f"unknown reward {name!r}: expected one of {known}, or 'package.module:Name' for your own"
+            f"{did_you_mean(name, known)}"
         )
-    if callable(getattr(found, "score", None)):
-        check_declarations(found)
-        return found
-    if callable(found):
-        return FunctionReward(found)
-    raise TypeError(f"reward {spec!r}: expected a reward model or a function, got {type(found).__name__}")
-
-
-def _check_options(spec: RewardSpec, found: Any, options: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(found).parameters.values()
-    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    if not anything and (unknown := sorted(options.keys() - set(known))):
-        raise ValueError(f"reward {spec!r}: expected options among {known}, got {unknown}")
-
-
-def _find(spec: str) -> Any:
-    module_name, _, attribute = spec.partition(":")
-    if attribute:
-        return _attribute(_import(module_name, spec), attribute, spec)
-    if spec not in known_rewards():
-        raise ValueError(
-            f"unknown reward {spec!r}: expected one of {known_rewards()}, or 'package.module:Name' for your own"
-        )
-    return _attribute(importlib.import_module(f"reward_models.{spec}"), "reward_model", spec)
-
-
-def _import(module_name: str, spec: str) -> Any:
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, and lacks something of its own
-        raise ValueError(
-            f"reward {spec!r}: no module {error.name!r}; put its folder on the path, e.g. PYTHONPATH=."
-        ) from error
-
-
-def _attribute(module: Any, attribute: str, spec: str) -> Any:
-    if not hasattr(module, attribute):
-        raise ValueError(f"reward {spec!r}: module {module.__name__} has no {attribute!r}; define it there")
-    return getattr(module, attribute)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
 
+from rlhf_mel.lookup import did_you_mean
 from rlhf_mel.training.config import RLHFConfig
 
 if TYPE_CHECKING:
@@ -52,10 +52,7 @@ def _unknown_keys(remaining: Sequence[str]) -> str:
 
     known = [f.name for dataclass_type in (RLHFConfig, ModelConfig) for f in dataclasses.fields(dataclass_type)]
     keys = [item.removeprefix("--").split("=")[0] for item in remaining if item.startswith("--")] or list(remaining)
-    lines = []
-    for key in keys:
-        near = difflib.get_close_matches(key, known, n=3)
-        lines.append(f"unknown option {key!r}" + (f", did you mean {' or '.join(near)}?" if near else ""))
+    lines = [f"unknown option {key!r}{did_you_mean(key, known)}" for key in keys]
     return "; ".join(lines) + "; `python recipes/drlx.py --help` lists all"
 
 

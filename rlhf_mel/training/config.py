@@ -19,7 +19,8 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from rlhf_mel.algorithms.base import algorithm_class, load_algorithm
-from rlhf_mel.rewards.load import known_rewards
+from rlhf_mel.rewards.load import check_name, find_reward
+from rlhf_mel.rewards.options import check_options
 
 OF_LANGUAGE_MODELS = ("neftune_noise_alpha", "label_smoothing_factor", "use_liger_kernel", "train_sampling_strategy")
 """Options of transformers that nothing here reads; a run that sets them is refused."""
@@ -305,13 +306,11 @@ def _check_schedule(config: RLHFConfig) -> None:
 
 
 def _check_rewards(names: Sequence[str], weights: Sequence[float] | None, options: Any) -> None:
-    """Raise if there is no reward, an unknown one, not one weight a reward, or options of none."""
+    """Raise if there is no reward, an unknown one, not one weight a reward, or options that a reward does not take."""
     if not names:
         raise ValueError("reward_models is empty: expected at least one reward, e.g. --reward_models mos")
-    if unknown := [name for name in names if ":" not in name and name not in known_rewards()]:
-        raise ValueError(
-            f"unknown reward {unknown}: expected some of {known_rewards()}, or 'package.module:Name' for your own"
-        )
+    for name in names:
+        check_name(name)
     if weights is not None and len(weights) != len(names):
         raise ValueError(
             f"reward_weights needs one weight a reward: expected {len(names)} for {list(names)}, got {list(weights)}"
@@ -325,6 +324,8 @@ def _check_rewards(names: Sequence[str], weights: Sequence[float] | None, option
         raise ValueError(
             f"reward_kwargs: expected options of {list(names)}, got those of {unknown}; name it in reward_models"
         )
+    for name, own in options.items():
+        check_options(find_reward(name), own, name=name)
 
 
 def resolved(config: RLHFConfig, peft_config: LoraConfig | None = None) -> dict[str, Any]:

@@ -125,4 +125,4 @@ def test_mels_of_another_kind_are_refused(reward: Intelligibility) -> None:
 
 def test_a_recognizer_in_a_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="train_recognizer"):
-        Intelligibility(tmp_path)
+        Intelligibility(Intelligibility.Config(recognizer=tmp_path))

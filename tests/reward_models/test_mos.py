@@ -85,7 +85,7 @@ def test_equals_the_package(mos: Mos, package: ConvTransformerSQAModel, name: st
 
 def test_without_smoothing_equals_the_package_to_rounding(package: ConvTransformerSQAModel) -> None:
     # eps = 1e-12 leaves only the skipped padding: what is left of the difference is float32 arithmetic.
-    exact = Mos(compression_eps=1e-12)
+    exact = Mos(Mos.Config(compression_eps=1e-12))
     for name in ("3 s", "0.3 s", "12 s, six segments"):
         with torch.no_grad():
             assert score(exact, CLIPS[name]).item() == pytest.approx(package(CLIPS[name][None]).item(), abs=2e-4)

@@ -81,7 +81,7 @@ def test_an_unknown_yaml_key_raises_and_suggests(tmp_path: Path) -> None:
         ({"algorithm_kwargs": '{"grad_steps": 0}'}, "grad_steps"),
         ({"algorithm_kwargs": "grad_steps=2"}, "algorithm_kwargs must be a mapping"),
         ({"reward_models": []}, "reward_models is empty"),
-        ({"reward_models": ["moss"]}, r"unknown reward .'moss'.: expected some of .*mos"),
+        ({"reward_models": ["moss"]}, r"unknown reward 'moss': expected one of .*mos.*, did you mean mos"),
         ({"reward_weights": [1.0, 2.0]}, "expected 1 for .'mos'., got .1.0, 2.0."),
         ({"num_generations": 3}, "multiple of num_generations"),
         ({"num_generations": 2.5}, "num_generations must be a whole number"),
