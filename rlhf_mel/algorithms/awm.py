@@ -38,6 +38,7 @@ from rlhf_mel.algorithms.families.forward_process import (
 )
 from rlhf_mel.algorithms.families.policy_gradient import Clip, check_clipping, clipped_shares, clipped_surrogate
 from rlhf_mel.flow.ema import LaggedPolicy, MovingAverage, check_lag
+from rlhf_mel.flow.noise import seeded
 from rlhf_mel.masked import kept_mean
 from rlhf_mel.metrics import Metrics
 from rlhf_mel.pipeline import Pipeline
@@ -122,7 +123,7 @@ class AWM(LaggedAlgorithm):
         log_probs = samples.advantages.new_empty(self.config.num_noise_samples, len(samples.advantages))
         objective = partial(self._values, old_log_probs=collected.old_log_probs, log_probs=log_probs)
         others = anchor_to(pipeline.reference) | ({"ema": collected.average} if collected.average else {})
-        noise = torch.Generator(generator.device).manual_seed(collected.noise_seed)
+        noise = seeded(collected.noise_seed, generator.device)
         values = regress(pipeline.policy, samples, objective, self.config, noise, **others)
         if collected.old_log_probs is None:
             collected.old_log_probs = log_probs

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from rlhf_mel.flow.noise import mix_seed
+from rlhf_mel.flow.noise import mix_seed, seeded
 
 
 class GroupSampler(torch.utils.data.Sampler[int]):
@@ -42,7 +42,7 @@ class GroupSampler(torch.utils.data.Sampler[int]):
         return math.ceil(self._num_rows * self._num_generations / self._block) * self._block * self._num_iterations
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(mix_seed(self._seed, self._epoch()))
+        generator = seeded(mix_seed(self._seed, self._epoch()))
         order = torch.randperm(self._num_rows, generator=generator).tolist()
         rollouts = [row for row in order for _ in range(self._num_generations)]
         for start in range(0, len(rollouts), self._block):

@@ -17,6 +17,7 @@ from torch import Tensor
 from rlhf_mel.algorithms.base import Algorithm
 from rlhf_mel.algorithms.families.pathwise import pathwise_scores
 from rlhf_mel.doctor.memory import PeakMemory
+from rlhf_mel.flow.noise import seeded
 from rlhf_mel.flow.ode import STEPWISE_METHODS
 from rlhf_mel.masked import finite_mean
 from rlhf_mel.metrics import Metrics
@@ -116,7 +117,7 @@ class Examination:
     @cached_property
     def ode(self) -> Rollout:
         with self.case.precision():
-            return self.case.pipeline.sample(self.case.prompts, cpu_generator(self.case.seed))
+            return self.case.pipeline.sample(self.case.prompts, seeded(self.case.seed))
 
     @cached_property
     def ode_rewards(self) -> Tensor:
@@ -160,7 +161,7 @@ class Examination:
         pipeline = replace(self.case.pipeline, reference=None)
         grad_steps = 1 if pipeline.sampling.method in STEPWISE_METHODS else pipeline.sampling.steps
         with torch.enable_grad(), self.case.precision():
-            spoken, _ = pipeline.rollout(self.case.prompts, cpu_generator(self.case.seed), grad_steps=grad_steps)
+            spoken, _ = pipeline.rollout(self.case.prompts, seeded(self.case.seed), grad_steps=grad_steps)
             rewards, _ = pathwise_scores(pipeline, spoken, self.case.prompts)
         return gradients_by(finite_mean(rewards), trainable(pipeline.policy))
 
@@ -179,10 +180,10 @@ def run_update(case: Case, prompts: Prompts) -> Update:
     with PeakMemory(device) as memory:
         started = _now(device)
         with torch.no_grad(), case.precision():
-            collected = algorithm.collect(case.pipeline, prompts, cpu_generator(case.seed))
+            collected = algorithm.collect(case.pipeline, prompts, seeded(case.seed))
         collected_at = _now(device)
         with torch.enable_grad(), case.precision():
-            loss, metrics = algorithm.loss(case.pipeline, collected, cpu_generator(case.seed))
+            loss, metrics = algorithm.loss(case.pipeline, collected, seeded(case.seed))
         gradients = gradients_by(loss, weights)
         ended = _now(device)
     return Update(
@@ -209,10 +210,6 @@ def gradients_by(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tenso
 
 def skipped(name: str, reason: str) -> Finding:
     return Finding(name=name, status="skipped", numbers={}, advice=reason)
-
-
-def cpu_generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _now(device: torch.device) -> float:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rlhf_mel.algorithms.base import Algorithm
 from rlhf_mel.algorithms.families.policy_gradient import Clip, Collected, ratios
-from rlhf_mel.doctor.case import Case, Examination, Finding, Status, cpu_generator, larger, mean_of, skipped, std_of
+from rlhf_mel.doctor.case import Case, Examination, Finding, Status, larger, mean_of, skipped, std_of
+from rlhf_mel.flow.noise import seeded
 from rlhf_mel.flow.sde import SDE, mean_log_prob
 from rlhf_mel.flow.sde_rollout import Trajectory, replay
 from rlhf_mel.training.first_batch import RATIO_TOLERANCE, first_ratio_limit
@@ -27,8 +28,8 @@ def check_zero_noise(exam: Examination) -> Finding:
     sde = SDE(kind=(noise_of(case.algorithm) or SDE()).kind, noise_level=0.0)
     with case.precision():
         same = sampling == case.pipeline.sampling
-        ode = exam.ode if same else pipeline.sample(case.prompts, cpu_generator(case.seed))
-        quiet, _ = pipeline.sde_rollout(case.prompts, cpu_generator(case.seed), sde=sde, window=range(steps))
+        ode = exam.ode if same else pipeline.sample(case.prompts, seeded(case.seed))
+        quiet, _ = pipeline.sde_rollout(case.prompts, seeded(case.seed), sde=sde, window=range(steps))
     worst = max(deviations(quiet, ode))
     fine = worst <= exam.tolerance
     advice = (

@@ -9,9 +9,9 @@ from dataclasses import asdict, replace
 import torch
 
 from rlhf_mel.algorithms.base import Algorithm
-from rlhf_mel.doctor.case import Examination, Finding, Status, cpu_generator, mean_of, std_of
+from rlhf_mel.doctor.case import Examination, Finding, Status, mean_of, std_of
 from rlhf_mel.doctor.noise import deviations
-from rlhf_mel.flow.noise import item_generators
+from rlhf_mel.flow.noise import item_generators, of_rows, seeded
 from rlhf_mel.flow.policy import rollout
 from rlhf_mel.training.first_batch import all_equal
 from rlhf_mel.types import Rollout
@@ -96,11 +96,11 @@ def _alone_deviation(exam: Examination, rows: Sequence[int]) -> float:
     prompts = replace(prompts, durations_frames=torch.full_like(durations_frames, int(durations_frames.max())))
 
     def spoken(items: Sequence[int]) -> Rollout:
-        noise = item_generators(cpu_generator(case.seed), len(rows))
-        assert noise is not None
-        generators = [noise[item] for item in items]
+        noise = item_generators(seeded(case.seed), len(rows))
         options = asdict(case.pipeline.sampling)
-        return rollout(case.pipeline.policy, prompts.select(items), generator=generators, grad_steps=0, **options)
+        return rollout(
+            case.pipeline.policy, prompts.select(items), generator=of_rows(noise, items), grad_steps=0, **options
+        )
 
     with case.precision():
         together = spoken(range(len(rows)))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_mel.flow.noise import Generators, item_generators
+from rlhf_mel.flow.noise import Generators, item_generators, of_rows
 from rlhf_mel.flow.ode import GradSteps, solve
 from rlhf_mel.flow.recompute import PureVelocity, Rerun, Velocity, Weights
 from rlhf_mel.modules import keep_mode, modules_of, set_modes, weights_of
@@ -158,7 +158,7 @@ def rollout(
             cond = policy.encode(prompts.select(rows), cfg_strength=cfg_strength)
             states = solve(
                 velocity_as_now(policy, cond),
-                policy.prior(cond, None if generators is None else [generators[row] for row in rows]),
+                policy.prior(cond, of_rows(generators, rows)),
                 t,
                 method=method,
                 grad_steps=grad_steps,

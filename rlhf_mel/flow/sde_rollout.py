@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_mel.flow.noise import Generators, item_generators, item_noise
+from rlhf_mel.flow.noise import Generators, branched, item_generators, item_noise, of_rows
 from rlhf_mel.flow.policy import Policy, collect_rollout, evaluating, rows_by_duration, velocity_as_now
 from rlhf_mel.flow.recompute import PureVelocity, Velocity, differentiated
 from rlhf_mel.flow.reference import ReferencePolicy
@@ -74,7 +74,7 @@ def sde_rollout(
     """
     prompts = replace(prompts, durations_frames=policy.durations(prompts))
     priors = item_generators(generator, len(prompts))
-    kicks = _seeded_by(priors)
+    kicks = None if priors is None else [branched(prior, 1)[0] for prior in priors]
     if shared_prior and priors is not None and prompts.group_ids is not None:
         ids = prompts.group_ids.tolist()
         priors = [priors[ids.index(group)].clone_state() for group in ids]
@@ -85,8 +85,8 @@ def sde_rollout(
         for rows in rows_by_duration(prompts):
             own = prompts.select(rows)
             cond = policy.encode(own, cfg_strength=cfg_strength)
-            x0 = policy.prior(cond, _of(priors, rows))
-            noise = partial(_noise_like, x0, _of(kicks, rows))
+            x0 = policy.prior(cond, of_rows(priors, rows))
+            noise = partial(_noise_like, x0, of_rows(kicks, rows))
             velocity, moved = _velocity(policy, cond, x0.dtype), cond.generated
             states, transitions = solve_sde(velocity, x0, t, sde, noise, window=window, moved=moved, method=method)
             mel = policy.finalize(states[-1].to(x0.dtype), cond)
@@ -131,18 +131,6 @@ def _velocity(policy: Policy | ReferencePolicy, cond: Any, dtype: torch.dtype) -
     if not isinstance(own, PureVelocity):
         return lambda x, t: own(x.to(dtype), t).to(x.dtype)
     return replace(own, function=lambda x, t, cond: own.function(x.to(dtype), t, cond).to(x.dtype))
-
-
-def _seeded_by(generators: Sequence[torch.Generator] | None) -> list[torch.Generator] | None:
-    """A generator for each one given, which stays as it is."""
-    if generators is None:
-        return None
-    seeds = [torch.randint(2**63 - 1, (), generator=g.clone_state(), device=g.device).item() for g in generators]
-    return [torch.Generator(g.device).manual_seed(int(seed)) for g, seed in zip(generators, seeds, strict=True)]
-
-
-def _of(generators: Sequence[torch.Generator] | None, rows: Sequence[int]) -> list[torch.Generator] | None:
-    return None if generators is None else [generators[row] for row in rows]
 
 
 def _noise_like(x0: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_mel.flow.noise import Generators, item_generators
+from rlhf_mel.flow.noise import Generators, branched, item_generators
 from rlhf_mel.flow.policy import Policy, rollout
 from rlhf_mel.pipeline import vocode
 from rlhf_mel.rewards.combine import Rewards
@@ -63,10 +63,5 @@ def candidate_generators(generators: list[torch.Generator] | None, n: int) -> li
     """N lists of a generator for each item: first those given, then N - 1 that they seed."""
     if generators is None:
         return [None] * n
-    seeds = [torch.randint(2**63 - 1, (n - 1,), generator=g.clone_state(), device=g.device) for g in generators]
-    own = [(g, *_seeded(g.device, row.tolist())) for g, row in zip(generators, seeds, strict=True)]
-    return [list(candidate) for candidate in zip(*own, strict=True)]
-
-
-def _seeded(device: torch.device, seeds: list[int]) -> list[torch.Generator]:
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    each = [(generator, *branched(generator, n - 1)) for generator in generators]
+    return [list(candidate) for candidate in zip(*each, strict=True)]

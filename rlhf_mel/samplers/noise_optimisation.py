@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_mel.flow.noise import Generators, item_generators
+from rlhf_mel.flow.noise import Generators, item_generators, of_rows
 from rlhf_mel.flow.policy import Policy, evaluating, rollout, rows_by_duration
 from rlhf_mel.flow.start_states import Restarted, begin_at
 from rlhf_mel.pipeline import require_gradient, vocode
@@ -116,7 +116,7 @@ def drawn_noise(
     with evaluating(policy):
         for rows in rows_by_duration(prompts):
             cond = policy.encode(prompts.select(rows), cfg_strength=cfg_strength)
-            x0 = policy.prior(cond, None if generators is None else [generators[row] for row in rows])
+            x0 = policy.prior(cond, of_rows(generators, rows))
             noise |= dict(zip(rows, x0, strict=True))
             free |= dict(zip(rows, cond.generated, strict=True))
     return [noise[row] for row in range(len(prompts))], [free[row] for row in range(len(prompts))]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_mel.algorithms.base import Algorithm
+from rlhf_mel.flow.noise import seeded
 from rlhf_mel.metrics import Metrics
 from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts
@@ -26,13 +27,8 @@ class UpdateLoss(nn.Module):
 
     @torch.no_grad()
     def collect(self, prompts: Prompts, noise_seed: int) -> Any:
-        return self.algorithm.collect(self.pipeline, prompts, _generator(noise_seed))
+        return self.algorithm.collect(self.pipeline, prompts, seeded(noise_seed))
 
     def forward(self, collected: Any, noise_seed: int) -> dict[str, Tensor | Metrics]:
-        loss, metrics = self.algorithm.loss(self.pipeline, collected, _generator(noise_seed))
+        loss, metrics = self.algorithm.loss(self.pipeline, collected, seeded(noise_seed))
         return {"loss": loss, "metrics": metrics}
-
-
-def _generator(seed: int) -> torch.Generator:
-    """On the CPU, so that a seed means the same noise on every device."""
-    return torch.Generator().manual_seed(seed)

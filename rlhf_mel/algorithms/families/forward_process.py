@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from rlhf_mel.algorithms.families.advantages import check_scaling, score_advantages
-from rlhf_mel.flow.noise import Generators, item_generators
+from rlhf_mel.flow.noise import Generators, item_generators, of_rows
 from rlhf_mel.flow.path import interpolate, velocity
 from rlhf_mel.flow.policy import Policy, Velocities, evaluating, rows_by_duration, velocity_as_now
 from rlhf_mel.flow.recompute import differentiated
@@ -149,8 +149,7 @@ def regress(
     sums: dict[str, Tensor] = {}
     with evaluating(policy):
         for rows in by_duration:
-            own = None if generators is None else [generators[row] for row in rows]
-            for draw in _draws(policy, samples, rows, options, own, others, checkpoint):
+            for draw in _draws(policy, samples, rows, options, of_rows(generators, rows), others, checkpoint):
                 index = torch.tensor(rows, device=draw.t.device)
                 for name, values in objective(draw).items():
                     empty = values.new_zeros(len(samples.prompts))
