@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_mel.f5.backbones._common import embed_with_and_without
+from rlhf_mel.f5.backbones._base import embed_with_and_without
 from rlhf_mel.f5.condition import Condition, guided, velocity_by
 from rlhf_mel.f5.masks import chance, fit_durations, kept_frames, mel_spec_from_f5, spans, uniform
 from rlhf_mel.f5.speed.sampling import FastVelocity, compile_blocks

@@ -1,4 +1,4 @@
-"""What the backbones of F5-TTS share: text laid over mel frames, the layer that reads mel and text, f5-tts's call.
+"""Layers that the backbones of F5-TTS share: text laid over mel frames, and the layer that reads mel and text.
 
 Layers that know nothing of text or mel are in layers.py.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
 
 from rlhf_mel.f5.layers import (
     AdaLayerNorm,
@@ -52,9 +54,15 @@ class TextEmbedding(nn.Module):
             else None
         )
 
+    @override
     def forward(
-        self, text: Tensor, frames: int, lengths_frames: Tensor | None = None, drop_text: bool | Tensor = False
-    ) -> Tensor:
+        self,
+        text: Int[Tensor, "b t"],
+        frames: int,
+        lengths_frames: Int[Tensor, b] | None = None,
+        drop_text: bool | Bool[Tensor, b] = False,
+    ) -> Float[Tensor, "b n d"]:
+        """Arguments of `Backbone.embed_text`."""
         tokens = _lay_over_frames(text, frames)
         inside = None
         if lengths_frames is not None:
@@ -62,8 +70,7 @@ class TextEmbedding(nn.Module):
             tokens = tokens.masked_fill(~inside, FILLER)
         # taken before text is dropped: the unconditional branch of F5-TTS still knows how long the text is
         spoken = tokens != FILLER
-        embedded = self.text_embed(drop_tokens(tokens, drop_text))
-        embedded = zero_padding(embedded, inside)
+        embedded = zero_padding(self.text_embed(drop_tokens(tokens, drop_text)), inside)
         if self.text_blocks is not None:
             embedded = self._contextualize(embedded, inside, spoken if self.mask_padding else None)
         if self.average_upsampling:
@@ -79,19 +86,11 @@ class TextEmbedding(nn.Module):
         return embedded
 
 
-def drop_tokens(tokens: Tensor, drop: bool | Tensor) -> Tensor:
-    """`tokens` [B, N], all FILLER where `drop`, for the batch or bool [B], says so."""
+def drop_tokens(tokens: Int[Tensor, "b t"], drop: bool | Bool[Tensor, b]) -> Int[Tensor, "b t"]:
+    """`tokens`, all FILLER where `drop`, for the batch or item by item, says so."""
     if isinstance(drop, Tensor):
         return tokens.masked_fill(drop.unsqueeze(1), FILLER)
     return torch.full_like(tokens, FILLER) if drop else tokens
-
-
-def embed_with_and_without(backbone: Any, text: Tensor, frames: int, lengths_frames: Tensor | None) -> Tensor:
-    """Embeddings of ids [B, N], then of the same without text, as classifier-free guidance needs them [2B, ...]."""
-    twice = None if lengths_frames is None else lengths_frames.repeat(2)
-    dropped = torch.arange(2 * len(text), device=text.device) >= len(text)
-    embedded: Tensor = backbone.embed_text(text.repeat(2, 1), frames, twice, drop_text=dropped)
-    return embedded
 
 
 def _lay_over_frames(text: Tensor, frames: int) -> Tensor:
@@ -100,10 +99,12 @@ def _lay_over_frames(text: Tensor, frames: int) -> Tensor:
     return torch.nn.functional.pad(tokens, (0, frames - tokens.shape[1]), value=FILLER)
 
 
-def upsample_evenly(embedded: Tensor, text_lengths: Tensor, lengths_frames: Tensor | None) -> Tensor:
-    """Spread the first N_b rows of each item evenly over its T_b frames; frames beyond T_b are zero.
+def upsample_evenly(
+    embedded: Float[Tensor, "b n d"], text_lengths: Int[Tensor, b], lengths_frames: Int[Tensor, b] | None
+) -> Float[Tensor, "b n d"]:
+    """Spread the first `text_lengths` rows of each item evenly over its `lengths_frames`; frames beyond are zero.
 
-    Every token gets T_b // N_b frames, the last T_b % N_b tokens one more (ZipVoice, arXiv:2506.13053).
+    Of T frames and N tokens, every token gets T // N, the last T % N tokens one more (ZipVoice, arXiv:2506.13053).
     """
     batch, frames, _ = embedded.shape
     lengths = embedded.new_full((batch,), frames, dtype=torch.long) if lengths_frames is None else lengths_frames
@@ -117,8 +118,8 @@ def upsample_evenly(embedded: Tensor, text_lengths: Tensor, lengths_frames: Tens
     late = short_tokens + torch.div(frame - boundary, base + 1, rounding_mode="floor")
     token = torch.where(frame < boundary, early, late).clamp(max=frames - 1)
     spread = embedded.gather(1, token.unsqueeze(-1).expand_as(embedded))
-    heard = (frame < lengths.unsqueeze(1)) & (text_lengths > 0).unsqueeze(1)
-    return zero_padding(spread, heard)
+    inside = (frame < lengths.unsqueeze(1)) & (text_lengths > 0).unsqueeze(1)
+    return zero_padding(spread, inside)
 
 
 class InputEmbedding(nn.Module):
@@ -129,9 +130,17 @@ class InputEmbedding(nn.Module):
         self.proj = nn.Linear(mel_dim * 2 + text_dim, dim)
         self.conv_pos_embed = ConvPositionEmbedding(dim)
 
-    def forward(self, x: Tensor, cond: Tensor, text_embedding: Tensor, mask: Tensor | None) -> Tensor:
-        hidden = self.proj(torch.cat((x, cond, text_embedding), dim=-1))
-        return self.conv_pos_embed(hidden, mask) + hidden
+    @override
+    def forward(
+        self,
+        x: Float[Tensor, "b n m"],
+        cond: Float[Tensor, "b n m"],
+        text_embedding: Float[Tensor, "b n e"],
+        mask: Bool[Tensor, "b n"] | None,
+    ) -> Float[Tensor, "b n d"]:
+        hidden: Tensor = self.proj(torch.cat((x, cond, text_embedding), dim=-1))
+        positioned: Tensor = self.conv_pos_embed(hidden, mask) + hidden
+        return positioned
 
 
 class RotaryBuffer(nn.Module):
@@ -157,49 +166,3 @@ def start_from_zero(backbone: nn.Module, proj_out: nn.Linear) -> None:
     for layer in [*(norm.linear for norm in norms), proj_out]:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-
-
-def forward_as_f5(
-    self: Any,
-    x: Tensor,
-    cond: Tensor,
-    text: Tensor,
-    time: Tensor,
-    mask: Tensor | None = None,
-    drop_audio_cond: bool = False,
-    drop_text: bool = False,
-    cfg_infer: bool = False,
-    cache: bool = False,
-) -> Tensor:
-    """f5-tts's call: token ids in, velocity out; with `cfg_infer` [2B, T, M], conditional rows first.
-
-    `cache` is accepted and means nothing here: there is no module state to cache in. The `forward` of every
-    backbone; all that is a backbone's own is in its `embed_text` and `velocity`.
-    """
-    check_inputs(x, cond, text, time, mask)
-    frames = x.shape[1]
-    lengths = None if mask is None else mask.sum(dim=1)
-    if not cfg_infer:
-        known = torch.zeros_like(cond) if drop_audio_cond else cond
-        return self.velocity(x, known, self.embed_text(text, frames, lengths, drop_text=drop_text), time, mask=mask)
-    return self.velocity(
-        torch.cat((x, x)),
-        torch.cat((cond, torch.zeros_like(cond))),
-        embed_with_and_without(self, text, frames, lengths),
-        time if time.ndim == 0 else torch.cat((time, time)),
-        mask=None if mask is None else torch.cat((mask, mask)),
-    )
-
-
-def check_inputs(x: Tensor, cond: Tensor, text: Tensor, time: Tensor, mask: Tensor | None) -> None:
-    if x.ndim != 3 or cond.shape != x.shape:
-        raise ValueError(
-            f"x and cond: expected one shape [batch, frames, mels], got {list(x.shape)}, {list(cond.shape)}"
-        )
-    batch, frames, _ = x.shape
-    if text.ndim != 2 or text.shape[0] != batch or text.is_floating_point():
-        raise ValueError(f"text: expected ids [{batch}, tokens], padded with -1, got {text.dtype} {list(text.shape)}")
-    if time.ndim > 1 or (time.ndim == 1 and time.shape[0] != batch):
-        raise ValueError(f"time: expected a scalar or [{batch}], got {list(time.shape)}")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, frames)):
-        raise ValueError(f"mask: expected bool [{batch}, {frames}], got {mask.dtype} {list(mask.shape)}")

@@ -2,17 +2,21 @@
 
 Reference: MM-DiT, Esser et al. 2024 (arXiv:2403.03206), as F5-TTS, Chen et al. 2024 (arXiv:2410.06885), has it.
 Constructor arguments, state_dict keys and numbers are those of f5-tts 1.1.22; no weights of it are published.
-Time convention: see path.py. Pure in the sense of dit.py.
+Time convention: see path.py. Pure, as _base.py says.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from typing_extensions import override
 
-from rlhf_mel.f5.backbones._common import RotaryBuffer, drop_tokens, forward_as_f5, run_block, start_from_zero
+from rlhf_mel.f5.backbones._base import Arch, Backbone
+from rlhf_mel.f5.backbones._common import RotaryBuffer, drop_tokens, run_block, start_from_zero
 from rlhf_mel.f5.layers import (
     AdaLayerNorm,
     AdaLayerNormFinal,
@@ -20,22 +24,29 @@ from rlhf_mel.f5.layers import (
     FeedForward,
     JointAttention,
     Rope,
-    TimestepEmbedding,
     position_table,
-    rotary_table,
     zero_padding,
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class MMDiTArch(Arch):
+    """Constructor arguments of MMDiT."""
+
+    checkpoint_activations: bool = False
+    """Whether a block's activations are computed again in backward()."""
+
+
 class TokenEmbedding(nn.Module):
-    """Token ids [B, N] to [B, N, D] with absolute positions; nothing is laid over frames."""
+    """Token ids to vectors with absolute positions; nothing is laid over frames."""
 
     def __init__(self, dim: int, text_num_embeds: int, mask_padding: bool = True):
         super().__init__()
         self.mask_padding = mask_padding
         self.text_embed = nn.Embedding(text_num_embeds + 1, dim)
 
-    def forward(self, text: Tensor, drop_text: bool | Tensor = False) -> Tensor:
+    @override
+    def forward(self, text: Int[Tensor, "b t"], drop_text: bool | Bool[Tensor, b] = False) -> Float[Tensor, "b t d"]:
         embedded = self.text_embed(drop_tokens(text + 1, drop_text))
         embedded = embedded + position_table(text.shape[1], embedded.shape[2], text.device).to(embedded.dtype)
         return zero_padding(embedded, text != -1 if self.mask_padding else None)
@@ -49,119 +60,85 @@ class AudioEmbedding(nn.Module):
         self.linear = nn.Linear(mel_dim * 2, dim)
         self.conv_pos_embed = ConvPositionEmbedding(dim)
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        hidden = self.linear(torch.cat((x, cond), dim=-1))
-        return self.conv_pos_embed(hidden) + hidden
+    @override
+    def forward(self, x: Float[Tensor, "b n m"], cond: Float[Tensor, "b n m"]) -> Float[Tensor, "b n d"]:
+        hidden: Tensor = self.linear(torch.cat((x, cond), dim=-1))
+        positioned: Tensor = self.conv_pos_embed(hidden) + hidden
+        return positioned
 
 
 class MMDiTBlock(nn.Module):
-    def __init__(self, dim: int, ff_mult: float, dropout: float, last: bool, **attention: Any):
-        super().__init__()
-        self.attn_norm_c = AdaLayerNormFinal(dim) if last else AdaLayerNorm(dim)
-        self.attn_norm_x = AdaLayerNorm(dim)
-        self.attn = JointAttention(dim, dropout=dropout, last=last, **attention)
-        self.ff_c = None if last else FeedForward(dim, ff_mult, dropout)
-        self.ff_x = FeedForward(dim, ff_mult, dropout)
-        self.ff_norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+    """Joint attention, then a feed-forward for each stream, normed and gated by the time; the last one's text ends."""
 
+    def __init__(self, arch: MMDiTArch, last: bool):
+        super().__init__()
+        self.attn_norm_c = AdaLayerNormFinal(arch.dim) if last else AdaLayerNorm(arch.dim)
+        self.attn_norm_x = AdaLayerNorm(arch.dim)
+        self.attn = JointAttention(arch.dim, arch.attention, last=last)
+        self.ff_c = None if last else FeedForward(arch.dim, arch.ff_mult, arch.dropout)
+        self.ff_x = FeedForward(arch.dim, arch.ff_mult, arch.dropout)
+        self.ff_norm = nn.LayerNorm(arch.dim, elementwise_affine=False, eps=1e-6)
+
+    @override
     def forward(
         self,
-        x: Tensor,
-        text: Tensor,
-        time_embedding: Tensor,
-        mask: Tensor | None,
-        text_mask: Tensor,
+        x: Float[Tensor, "b n d"],
+        text: Float[Tensor, "b t d"],
+        time_embedding: Float[Tensor, "#b d"],
+        mask: Bool[Tensor, "b n"] | None,
+        text_mask: Bool[Tensor, "b t"],
         rope: Rope,
         text_rope: Rope,
-    ) -> tuple[Tensor, Tensor]:
-        heard, *modulation = self.attn_norm_x(x, time_embedding)
+    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b t d"]]:
+        normed, *modulation = self.attn_norm_x(x, time_embedding)
         if self.ff_c is None:
-            read, text_modulation = self.attn_norm_c(text, time_embedding), []
+            text_normed, text_modulation = self.attn_norm_c(text, time_embedding), []
         else:
-            read, *text_modulation = self.attn_norm_c(text, time_embedding)
-        taken, text_taken = self.attn(heard, read, mask, text_mask, rope, text_rope)
-        x = self._update(x, taken, self.ff_x, modulation)
-        return x, text if self.ff_c is None else self._update(text, text_taken, self.ff_c, text_modulation)
+            text_normed, *text_modulation = self.attn_norm_c(text, time_embedding)
+        attended, text_attended = self.attn(normed, text_normed, mask, text_mask, rope, text_rope)
+        x = self._update(x, attended, self.ff_x, modulation)
+        return x, text if self.ff_c is None else self._update(text, text_attended, self.ff_c, text_modulation)
 
-    def _update(self, x: Tensor, taken: Tensor, feed_forward: nn.Module, modulation: list[Tensor]) -> Tensor:
+    def _update(self, x: Tensor, attended: Tensor, feed_forward: nn.Module, modulation: list[Tensor]) -> Tensor:
         gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        x = x + gate * taken
-        return x + mlp_gate * feed_forward(self.ff_norm(x) * (1 + mlp_scale) + mlp_shift)
+        x = x + gate * attended
+        out: Tensor = x + mlp_gate * feed_forward(self.ff_norm(x) * (1 + mlp_scale) + mlp_shift)
+        return out
 
 
-class MMDiT(nn.Module):
-    def __init__(
-        self,
-        *,
-        dim: int,
-        depth: int = 8,
-        heads: int = 8,
-        dim_head: int = 64,
-        dropout: float = 0.1,
-        ff_mult: float = 4,
-        mel_dim: int = 100,
-        text_num_embeds: int = 256,
-        text_mask_padding: bool = True,
-        qk_norm: str | None = None,
-        checkpoint_activations: bool = False,
-        attn_backend: str = "torch",
-        attn_mask_enabled: bool = False,
-    ):
-        """Arguments of f5-tts; `attn_backend` is accepted, PyTorch's own dispatch picks the kernel."""
-        super().__init__()
-        self.arch = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self.dim, self.depth, self.dim_head = dim, depth, dim_head
-        self.checkpoint_activations = checkpoint_activations
-        self.time_embed = TimestepEmbedding(dim)
-        self.text_embed = TokenEmbedding(dim, text_num_embeds, text_mask_padding)
-        self.audio_embed = AudioEmbedding(mel_dim, dim)
-        self.rotary_embed = RotaryBuffer(dim_head)
-        attention = dict(heads=heads, dim_head=dim_head, qk_norm=qk_norm, attn_mask_enabled=attn_mask_enabled)
+class MMDiT(Backbone):
+    """Blocks over mel frames and text, which keeps its own length."""
+
+    def __init__(self, **arguments: Any):
+        """Fields of MMDiTArch."""
+        arch = MMDiTArch(**arguments)
+        super().__init__(arch)
+        self.checkpoint_activations = arch.checkpoint_activations
+        self.text_embed = TokenEmbedding(arch.dim, arch.text_num_embeds, arch.text_mask_padding)
+        self.audio_embed = AudioEmbedding(arch.mel_dim, arch.dim)
+        self.rotary_embed = RotaryBuffer(arch.dim_head)
         self.transformer_blocks = nn.ModuleList(
-            MMDiTBlock(dim, ff_mult, dropout, index == depth - 1, **attention) for index in range(depth)
+            MMDiTBlock(arch, last=index == arch.depth - 1) for index in range(arch.depth)
         )
-        self.norm_out = AdaLayerNormFinal(dim)
-        self.proj_out = nn.Linear(dim, mel_dim)
+        self.norm_out = AdaLayerNormFinal(arch.dim)
+        self.proj_out = nn.Linear(arch.dim, arch.mel_dim)
         start_from_zero(self, self.proj_out)
 
-    def rope(self, frames: int, device: torch.device | None = None) -> Rope:
-        """Rotary angles for `frames`, float32; once a solve."""
-        return rotary_table(frames, self.dim_head, device or self.proj_out.weight.device)
-
-    def embed_text(
-        self, text: Tensor, frames: int, lengths_frames: Tensor | None = None, *, drop_text: bool | Tensor = False
-    ) -> Tensor:
-        """Token ids [B, N], padded with -1, to [B, N, D + 1]: the last channel is 1 where there is a token.
-
-        Once a solve, with its graph. The text has its own length: neither `frames` nor their lengths matter.
-        """
-        embedded = self.text_embed(text, drop_text)
+    @override
+    def _embed_text(self, text: Tensor, frames: int, lengths_frames: Tensor | None, drop_text: bool | Tensor) -> Tensor:
+        """[b, t, d + 1]: the last channel is 1 where there is a token. The text has its own length, not `frames`."""
+        embedded: Tensor = self.text_embed(text, drop_text)
         return torch.cat((embedded, (text != -1).unsqueeze(-1).to(embedded.dtype)), dim=-1)
 
-    def velocity(
-        self,
-        x: Tensor,
-        cond: Tensor,
-        text_embedding: Tensor,
-        time: Tensor,
-        *,
-        mask: Tensor | None = None,
-        rope: Rope | None = None,
+    @override
+    def _velocity(
+        self, x: Tensor, cond: Tensor, text_embedding: Tensor, time_embedding: Tensor, mask: Tensor | None, rope: Rope
     ) -> Tensor:
-        """Velocity [B, T, M] at x [B, T, M], given known mel `cond` [B, T, M], `embed_text` and mask [B, T].
-
-        `time` [B], or a scalar (or [1]) shared by the batch: AdaLN then runs on one row.
-        """
-        ropes = (
-            self.rope(x.shape[1], x.device) if rope is None else rope,
-            self.rope(text_embedding.shape[1], x.device),
-        )
-        time_embedding = self.time_embed(time.reshape(-1), x.dtype)
+        ropes = (rope, self.rope(text_embedding.shape[1], x.device))
         hidden = self.audio_embed(x, cond)
         text, text_mask = text_embedding[..., :-1], text_embedding[..., -1] > 0
         for block in self.transformer_blocks:
             inputs = (hidden, text, time_embedding, mask, text_mask, *ropes)
             hidden, text = run_block(block, *inputs, checkpointed=self.checkpoint_activations)
-        return self.proj_out(self.norm_out(hidden, time_embedding))
-
-    forward = forward_as_f5
+        velocity: Tensor = self.proj_out(self.norm_out(hidden, time_embedding))
+        return velocity
