@@ -76,10 +76,11 @@ from transformers import TrainerCallback
 
 from rlhf_mel import Rewards, RLHFConfig, RLHFTrainer, load_policy, load_prompts, load_recognizer, load_vocoder
 from rlhf_mel.evaluation.evaluate import EvaluationResult, Sampler, evaluate, plain
+from rlhf_mel.pipeline import Sampling
 from rlhf_mel.samplers.best_of_n import BestOfN
 from rlhf_mel.samplers.noise_optimisation import NoiseOptimisation
 from rlhf_mel.samplers.step_guidance import StepGuidance
-from rlhf_mel.speech.measures import DEFAULT_JUDGES
+from rlhf_mel.speech.measures import default_judges
 from rlhf_mel.types import Audio
 
 REWARDS = ("mos", "intelligibility")
@@ -212,7 +213,7 @@ class Bench:
             self.vocoder,
             self.rewards,
             self.judged,
-            **SAMPLING,
+            sampling=Sampling(**SAMPLING),
             seed=seed,
             recognizer=self.recognizer,
             judges=(),
@@ -465,7 +466,7 @@ def heard_measures(out: Path, key: str) -> dict[str, list[float]]:
     padded = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
     unheard = torch.zeros(len(lengths), 1, 1), torch.ones(len(lengths), dtype=torch.long)  # these judges hear no mel
     audio = Audio(padded, lengths, rate_hz, *unheard)
-    return {name: values.tolist() for own in DEFAULT_JUDGES for name, values in own(audio).items()}
+    return {name: values.tolist() for own in default_judges() for name, values in own(audio).items()}
 
 
 def word_errors(out: Path, whisper: Path, key: str) -> dict[str, list[float]]:

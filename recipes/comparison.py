@@ -18,6 +18,7 @@ from rlhf_mel.evaluation.evaluate import EvaluationResult
 from rlhf_mel.evaluation.intervals import mean_interval
 from rlhf_mel.evaluation.verdict import WORSE as FAILED
 from rlhf_mel.evaluation.verdict import verdict
+from rlhf_mel.speech.measures import MEASURES, Measure
 
 Run = Mapping[str, Any]
 
@@ -27,29 +28,15 @@ SHARES = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 RIVAL = "flow_grpo"
 """Whose final reward the others are timed to."""
 
-COLUMNS = {
-    "rewards/mos": ("DistillMOS", ".2f"),
-    "rewards/intelligibility": ("log p", ".3f"),
-    "dnsmos_ovrl": ("DNSMOS", ".3f"),
-    "cer": ("CER", ".3f"),
-    "wer": ("WER", ".3f"),
-    "voice_similarity": ("voice", ".3f"),
-    "level_dbfs": ("level, dBFS", ".2f"),
-    "silence_ratio": ("silence", ".3f"),
-    "duration_s": ("speech, s", ".2f"),
-    "f0_std_semitones": ("pitch spread", ".2f"),
-}
-"""Measures in the table: its heading and the format of a number. The first two are trained on."""
-WORSE = {
-    "dnsmos_ovrl": "lower",
-    "wer": "higher",
-    "cer": "higher",
-    "voice_similarity": "lower",
-    "level_dbfs": "either",
-    "silence_ratio": "higher",
-    "f0_std_semitones": "lower",
-}
-"""Judges, and which change of each is one for the worse."""
+TRAINED = {"rewards/mos": Measure("DistillMOS", "higher", 2), "rewards/intelligibility": Measure("log p", "higher")}
+"""What the runs are trained on."""
+SAYS_THE_SAME = frozenset({"duration_s"})
+"""No judge of its own: seconds of speech fall where the share of silence rises, as frames are given."""
+
+
+def columns() -> dict[str, Measure]:
+    """Measures in the table, in its order."""
+    return TRAINED | {name: known for name, known in MEASURES.items() if known.shown != "report"}
 
 
 def affordable_updates(seconds: float, price_s: float) -> int:
@@ -120,17 +107,20 @@ def _row(name: str, runs: Sequence[Run], bases: Mapping[int, Run], goal: float) 
 
 
 def worse_than_base(runs: Sequence[Run], bases: Mapping[int, Run]) -> dict[str, float]:
-    """The judges of WORSE on which a method is worse than the base with the same noise: by how much.
+    """The judges on which a method is worse than the base with the same noise: by how much.
 
     A prompt's change is the mean over seeds of run minus base; pairs with a NaN do not count. Worse is a mean over
-    prompts whose 95 % interval lies to the side of 0 that WORSE names. It is of these runs and voices: seeds and voices
-    are too few to say what others would do.
+    prompts whose 95 % interval lies to the side of 0 that `Measure.worse` names. It is of these runs and voices: seeds
+    and voices are too few to say what others would do.
     """
+    judges = {key: known.worse for key, known in columns().items() if key not in TRAINED and key not in SAYS_THE_SAME}
     worse = {}
-    for key in (key for key in WORSE if key in runs[0]["measures"]):  # no WER without Whisper
+    for key, side in judges.items():
+        if not side or key not in runs[0]["measures"]:  # no WER without Whisper
+            continue
         pairs = [np.subtract(run["measures"][key], bases[run["seed"]]["measures"][key]) for run in runs]
         interval = mean_interval(np.ma.masked_invalid(pairs).mean(0).compressed())
-        if (interval.low > 0 and WORSE[key] != "lower") or (interval.high < 0 and WORSE[key] != "higher"):
+        if (interval.low > 0 and side != "lower") or (interval.high < 0 and side != "higher"):
             worse[key] = interval.change
     return worse
 
@@ -151,13 +141,15 @@ def _heard(run: Run) -> EvaluationResult:
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table of `summary`, in Markdown."""
-    shown = {key: column for key, column in COLUMNS.items() if any(key in row["measures"] for row in rows)}
-    heads = ["method", "updates", "s an update", "reward", f"s to {RIVAL}'s", *(head for head, _ in shown.values())]
+    shown = {key: known for key, known in columns().items() if any(key in row["measures"] for row in rows)}
+    heads = ["method", "updates", "s an update", "reward", f"s to {RIVAL}'s", *(known.name for known in shown.values())]
     lines = [[*heads, "worse than base", "guards that fail"], ["---"] * (len(heads) + 2)]
     for row in rows:
         reached, trained = row["seconds_to_rival"], row["updates"] > 0
         spread = "" if math.isnan(row["reward_std"]) else f" ± {row['reward_std']:.3f}"
-        worse = [f"{shown[key][0].split(',')[0]} {change:+{shown[key][1]}}" for key, change in row["worse"].items()]
+        worse = [
+            f"{shown[key].name.split(',')[0]} {change:+.{shown[key].digits}f}" for key, change in row["worse"].items()
+        ]
         fails = [f"{guard} {count}/{row['runs']}" for guard, count in row["fails"].items()]
         early = [f"ended early {row['ended_early']}/{row['runs']}"] if row["ended_early"] else []
         lines.append(
@@ -167,7 +159,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['price_s']:.3f}" if trained else "-",
                 f"{row['reward']:.3f}{spread}",
                 "-" if not trained else "never" if reached is None else f"{reached:.1f}",
-                *(format(row["measures"].get(key, math.nan), form) for key, (_, form) in shown.items()),
+                *(f"{row['measures'].get(key, math.nan):.{known.digits}f}" for key, known in shown.items()),
                 ", ".join(worse) or "-",
                 ", ".join([*early, *fails]) or "-",
             ]

@@ -289,7 +289,7 @@ def main() -> None:
     sizes = {"dim": args.dim, "hidden_dim": 5 * args.dim // 2, "num_layers": args.num_layers}
     sizes["voice_layer"] = (args.num_layers + 1) // 2
     spec = MelSpec(sample_rate_hz=corpus.sample_rate_hz)
-    recognizer = load_recognizer(args.resume) if args.resume else Recognizer(spec, **sizes)
+    recognizer = load_recognizer(args.resume) if args.resume else Recognizer(spec, Recognizer.Config(**sizes))
     recognizer.train().requires_grad_(True).to(device)
     trainer = Trainer(recognizer, corpus, args)
     average = Average(recognizer)

@@ -1,6 +1,6 @@
 """How well the words can be made out: the bundled recognizer's log-likelihood of the text, per character.
 
-    score = log p(text | mel) / characters <= 0,    p by CTC, the sum over all alignments (see rlhf_mel/speech/recognizer.py)
+    score = log p(text | mel) / characters <= 0,    p by CTC, the sum over all alignments (see speech/recognizer.py)
 
 0 is certain; at -0.1 a character has a probability of 0.9. Below it is not bounded, and not clipped: where clipped it
 would have no gradient, and the worst speech would not be mended.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_mel.f5.cfm import CFM
 from rlhf_mel.f5.checkpoints import CONFIG, WEIGHTS, load_policy, merged_state, require_text, save_policy
-from rlhf_mel.flow.policy import Policy
+from rlhf_mel.flow.policy import DEFAULTS
 from rlhf_mel.lookup import load_object
 from rlhf_mel.storage import write_whole
 
@@ -64,12 +64,12 @@ def _refuse_own(folder: Path) -> None:
 
 
 def check(policy: Any, name: str) -> None:
-    """Raise if `policy` is none, or could not be saved once it is trained."""
+    """Raise if `policy` is none, or could not be saved once it is trained; what it leaves out gets its default."""
     if isinstance(policy, CFM):
         require_text(policy, name)
         return
-    if not isinstance(policy, nn.Module) or not isinstance(policy, Policy):
-        absent = [method for method in METHODS if not hasattr(policy, method)]
+    absent = [method for method in METHODS if not hasattr(policy, method)]
+    if not isinstance(policy, nn.Module) or absent:
         raise TypeError(
             f"policy {name}: expected an nn.Module with {list(METHODS)}, got {type(policy).__name__} without {absent}; "
             "see docs/foreign_flows.md"
@@ -78,6 +78,9 @@ def check(policy: Any, name: str) -> None:
         raise TypeError(f"policy {name}: expected an attribute mel_spec, what its mels mean, got none; add it")
     if lost := [key for key, value in policy.state_dict().items() if not isinstance(value, Tensor)]:
         raise TypeError(f"policy {name}: expected a state_dict of tensors, got others in {lost}; they cannot be saved")
+    for attribute, default in DEFAULTS.items():
+        if not hasattr(policy, attribute):
+            setattr(policy, attribute, default)
 
 
 METHODS = ("durations", "encode", "prior", "velocity", "timesteps", "finalize")

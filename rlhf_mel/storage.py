@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
 """The bundled models and prompts."""
@@ -37,3 +39,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all, readable by whom a new file is; metadata: text for its header."""
+    from safetensors.torch import save_file
+
+    def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(dict(tensors), temporary, None if metadata is None else dict(metadata))
+        temporary.chmod(mode)  # safetensors lets only the owner read
+
+    write_whole(path, write)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_mel import RLHFConfig, RLHFTrainer, cli, policies
+from rlhf_mel.flow.policy import Policy, PolicyWrapper
 from rlhf_mel.storage import ASSETS
 from rlhf_mel.types import Audio, Prompts
 
@@ -108,6 +109,15 @@ def test_a_black_box_algorithm_trains_it_too(tmp_path: Path) -> None:
     trained = run(tmp_path, True, "diffusion_nft", num_generations=2, max_steps=1, save_strategy="no")
     trained.train()
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["grad_norm"] > 0
+
+
+def test_what_a_flow_leaves_out_is_declared_and_passed_on_by_wrappers() -> None:
+    flow = policies.load("my_flow:build")
+    assert flow.voices == () and flow.tokenizer is None and isinstance(flow, Policy)
+    flow.voices, flow.tokenizer = ("joe",), list
+    policies.check(flow, "mine")
+    for seen in (flow, PolicyWrapper(flow), PolicyWrapper(PolicyWrapper(flow))):
+        assert seen.voices == ("joe",) and seen.tokenizer is list
 
 
 def test_what_is_no_policy_is_refused_before_anything_is_done(tmp_path: Path) -> None:

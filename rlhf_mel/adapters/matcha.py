@@ -55,6 +55,7 @@ class MatchaPolicy(nn.Module):
     """A `matcha.models.matcha_tts.MatchaTTS`, which is trained in place."""
 
     tokenizer = None
+    voices: tuple[str, ...] = ()
 
     def __init__(
         self,

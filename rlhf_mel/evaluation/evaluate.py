@@ -12,7 +12,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,12 +21,12 @@ from torch import Tensor
 from rlhf_mel.flow.noise import item_generator
 from rlhf_mel.flow.policy import Policy, rollout
 from rlhf_mel.metrics import pool
-from rlhf_mel.pipeline import vocode
+from rlhf_mel.pipeline import Sampling, vocode
 from rlhf_mel.progress import progress
 from rlhf_mel.rewards.combine import Rewards
-from rlhf_mel.speech.measures import DEFAULT_JUDGES, Judge, character_error_rates, clips, voice_similarity
+from rlhf_mel.speech.measures import Judge, clips, default_judges, recognizer_judges
 from rlhf_mel.speech.recognizer import Recognizer
-from rlhf_mel.types import Prompts, Rollout
+from rlhf_mel.types import Audio, Prompts, Rollout
 from rlhf_mel.vocoders import Vocoder
 
 
@@ -85,10 +85,7 @@ def evaluate(
     rewards: Rewards,
     prompts: Prompts,
     *,
-    steps: int = 16,
-    cfg_strength: float = 2.0,
-    sway_sampling_coef: float | None = -1.0,
-    method: str = "euler",
+    sampling: Sampling | None = None,
     seed: int = 0,
     recognizer: Recognizer | None = None,
     judges: Sequence[Judge] | None = None,
@@ -99,50 +96,53 @@ def evaluate(
     """Let the policy speak all `prompts` and measure what is heard; nothing is trained, no gradient is kept.
 
     Args:
+        sampling: how the policy is solved; None: the defaults of `Sampling`.
+        seed: of the noise, with the prompt's row.
         recognizer: without it there is no `cer` and no `voice_similarity`.
-        judges: functions of the sound; None: `DEFAULT_JUDGES`.
+        judges: functions of the sound; None: those of MEASURES.
         batch_size: prompts at a time; changes memory and speed, not the result.
         sampler: how the policy is made to speak: once, or say `BestOfN`, `NoiseOptimisation`.
         shown_as: what progress and remaining time are shown as; None: not at all.
+
+    Raises:
+        ValueError: the recognizer is of other mels than the vocoder, or prompts lack what a reward needs.
     """
     if recognizer is not None and recognizer.mel_spec != vocoder.mel_spec:
         raise ValueError(
             f"evaluate: expected a recognizer of the vocoder's mels {vocoder.mel_spec}, got {recognizer.mel_spec}"
         )
     rewards.check(prompts)
+    judges = default_judges() if judges is None else judges
+    options = asdict(sampling or Sampling())
     measures: dict[str, list[float]] = {}
     waveforms: list[Tensor] = []
     transcripts: list[str] = []
     for start in progress(range(0, len(prompts), batch_size), shown_as):
         rows = range(start, min(start + batch_size, len(prompts)))
-        part = prompts.select(rows)
-        spoken = sampler(
-            policy,
-            part,
-            steps=steps,
-            cfg_strength=cfg_strength,
-            sway_sampling_coef=sway_sampling_coef,
-            method=method,
-            generator=[item_generator(seed, row) for row in rows],
-        )
+        batch = prompts.select(rows)
+        rollouts = sampler(policy, batch, generator=[item_generator(seed, row) for row in rows], **options)
         with torch.no_grad():
-            audio = vocode(vocoder, spoken)
-            scores = rewards(audio, part)
-            measured: dict[str, Any] = {"reward": scores.total}
-            measured |= {f"rewards/{name}": values for name, values in scores.breakdown.items()}
-            for judge in DEFAULT_JUDGES if judges is None else judges:
+            audio = vocode(vocoder, rollouts)
+            measured = _scored(rewards, audio, batch)
+            for judge in judges:
                 measured |= judge(audio)
             if recognizer is not None:
-                heard = recognizer.transcribe(audio.mel, audio.lengths_frames)
-                transcripts += heard
-                measured["cer"] = character_error_rates(part.texts, heard)
-                measured["voice_similarity"] = voice_similarity(recognizer, audio, part)
+                texts = recognizer.transcribe(audio.mel, audio.lengths_frames)
+                transcripts += texts
+                for recognizer_judge in recognizer_judges():
+                    measured |= recognizer_judge(recognizer, audio, batch, texts)
         for name, values in measured.items():
             measures.setdefault(name, []).extend(torch.as_tensor(values).double().tolist())
         waveforms += clips(audio)
     voices = voices_of(prompts)
-    closed = set(getattr(policy, "voices", ())) == set(voices)
+    closed = set(policy.voices) == set(voices)
     return EvaluationResult(measures, waveforms, vocoder.sample_rate_hz, transcripts, voices, closed)
+
+
+def _scored(rewards: Rewards, audio: Audio, prompts: Prompts) -> dict[str, Tensor]:
+    """`reward`, the weighted sum, and each `rewards/NAME`: float [B]."""
+    scores = rewards(audio, prompts)
+    return {"reward": scores.total} | {f"rewards/{name}": values for name, values in scores.breakdown.items()}
 
 
 def voices_of(prompts: Prompts) -> list[str]:

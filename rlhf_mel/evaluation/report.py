@@ -30,7 +30,7 @@ from rlhf_mel.evaluation.verdict import (
     enough_in_words,
     voices_in_words,
 )
-from rlhf_mel.speech.measures import JUDGE, MEASURES, measure
+from rlhf_mel.speech.measures import JUDGE, MEASURES, measure, shown_everywhere
 
 MAX_SAMPLES = 8
 
@@ -316,10 +316,8 @@ def _card(folder: Path, sample: Mapping[str, Any]) -> str:
 
 def _scores(scores: Mapping[str, Any], transcript: str | None) -> str:
     shown = [name for name in scores if name.startswith("rewards/")]
-    shown += [name for name in ("dnsmos_ovrl", "cer", "voice_similarity") if name in scores]
-    values = (
-        f"<b>{_number(scores[name], 2)}</b> {escape(measure(name).short or measure(name).label)}" for name in shown
-    )
+    shown += [name for name in shown_everywhere() if name in scores]
+    values = (f"<b>{_number(scores[name], 2)}</b> {escape(measure(name).name)}" for name in shown)
     heard = f"<p>heard as “{escape(transcript)}”</p>" if transcript else ""
     return f'<p class="scores">{_join(values)}</p>{heard}'
 

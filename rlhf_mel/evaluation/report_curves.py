@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_mel.speech.measures import JUDGE, measure
+
 
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
@@ -30,8 +32,8 @@ def curves(summary: Mapping[str, Any], log: Sequence[Mapping[str, Any]], trained
         low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
         rewards.fill_between(steps, low, high, color="#d9822b", alpha=0.18, linewidth=0)
         rewards.plot(*_heldout("reward", summary, log), "o", color="#d9822b", markersize=5)
-        judge.plot(*_heldout("dnsmos_ovrl", summary, log), "o--", color="#2b8a9d", linewidth=1, markersize=5)
-        for axes, title in ((rewards, "reward (trained)"), (judge, "DNSMOS overall (judge)")):
+        judge.plot(*_heldout(JUDGE, summary, log), "o--", color="#2b8a9d", linewidth=1, markersize=5)
+        for axes, title in ((rewards, "reward (trained)"), (judge, f"{measure(JUDGE).label} (judge)")):
             axes.set_title(title, loc="left", fontsize=9)
             axes.set_xlabel("update")
             axes.spines[["top", "right"]].set_visible(False)

@@ -9,7 +9,7 @@ truncation and the reference policy are written once, for all of them. Time conv
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -30,6 +30,16 @@ from rlhf_mel.types import Prompts, Rollout
 @runtime_checkable
 class Policy(Protocol):
     """A flow that turns noise into mel."""
+
+    @property
+    def tokenizer(self) -> Callable[[str], list[str]] | None:
+        """Reads a text or raises ValueError, so that prompts are checked before a run; None: they are not."""
+        return None
+
+    @property
+    def voices(self) -> Sequence[str]:
+        """All voices that it can speak in, by the names in prompts; empty: it clones any."""
+        return ()
 
     def durations(self, prompts: Prompts) -> Tensor:
         """Long [B]: frames of reference plus generated speech, as asked for or by the policy's own rule."""
@@ -57,6 +67,10 @@ class Policy(Protocol):
     def finalize(self, x1: Tensor, cond: Any) -> Tensor:
         """The end of the flow as log mel [B, T, M]: reference pasted in."""
         ...
+
+
+DEFAULTS: Mapping[str, Any] = {"tokenizer": None, "voices": ()}
+"""What `policies.check` gives a policy that does not declare these."""
 
 
 @runtime_checkable
@@ -89,6 +103,16 @@ class PolicyWrapper(nn.Module):
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.policy = policy
+
+    @property
+    def tokenizer(self) -> Callable[[str], list[str]] | None:
+        """Of the policy inside."""
+        return self.policy.tokenizer
+
+    @property
+    def voices(self) -> Sequence[str]:
+        """Of the policy inside."""
+        return self.policy.voices
 
     def inner(self, cond: Any) -> Any:
         """The condition of the policy inside."""

@@ -4,6 +4,7 @@
 |--------------------|------------------------------------------------------------------------------------|--------|
 | dnsmos_ovrl, _sig, _bak | DNSMOS P.835 (Reddy et al. 2022, arXiv 2110.01763): overall, speech, background | high |
 | cer                | character error rate of the recognizer's greedy transcript, (S + D + I) / N        | low    |
+| wer                | word error rate of Whisper's transcript (recipes/compare.py)                       | low    |
 | voice_similarity   | cosine of the recognizer's voice embeddings of the generated and the reference mel | high   |
 | level_dbfs         | 10 log10 mean power of the speech frames; a full-scale sine is -3.01               | same   |
 | silence_ratio      | share of 20 ms frames without speech                                               | same   |
@@ -22,7 +23,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jiwer
 import numpy as np
@@ -55,6 +56,10 @@ Judge = Callable[[Audio], Mapping[str, Tensor]]
 """A pure function of the sound: measures by name, each float [B]."""
 
 
+RecognizerJudge = Callable[[Recognizer, Audio, Prompts, Sequence[str]], Mapping[str, Tensor]]
+"""The same of a recognizer, the sound, its prompts, and what the recognizer's `transcribe` says of it."""
+
+
 @dataclass(frozen=True)
 class Guard:
     """The range of the mean change of a measure that is allowed, in its unit or as a share of its mean before."""
@@ -77,34 +82,40 @@ class Guard:
 
 @dataclass(frozen=True)
 class Measure:
-    """What tables, reports and verdicts say of a measure."""
+    """A line of MEASURES: who measures it, and what tables, reports and verdicts say of it."""
 
     label: str
-    better: str = ""
-    """'higher', 'lower', or '' where a change is not good or bad by itself."""
+    better: Literal["higher", "lower", ""] = ""
+    """'' where a change is not good or bad by itself."""
     digits: int = 3
     short: str = ""
-    """Where the label is too long."""
+    """Where the label is too long: heads of columns, samples of a report."""
+    shown: Literal["everywhere", "tables", "report"] = "everywhere"
+    """'tables': in those of a report and of recipes/compare.py, not on the console nor beside a sample; 'report': in a
+    report's table alone. summary.json has all."""
     guard: Guard | None = None
     effect: float | None = None
     """Of the judge, who must hear the improvement: the rise that one wants to be told from none."""
+    judge: Judge | None = None
+    """Who measures it, by its name in MEASURES; one judge may measure several. None: another program does."""
+    recognizer_judge: RecognizerJudge | None = None
+    """The same where a recognizer is needed."""
 
+    @property
+    def name(self) -> str:
+        """What the head of a column says."""
+        return self.short or self.label
 
-MEASURES: Mapping[str, Measure] = {
-    "dnsmos_ovrl": Measure("DNSMOS overall", "higher", short="DNSMOS", effect=0.05),
-    "dnsmos_sig": Measure("DNSMOS speech", "higher"),
-    "dnsmos_bak": Measure("DNSMOS background", "higher"),
-    "cer": Measure("Character error rate", "lower", short="CER", guard=Guard(high=0.01)),
-    "voice_similarity": Measure("Voice similarity to the reference", "higher", short="voice", guard=Guard(low=-0.02)),
-    "level_dbfs": Measure("Level of speech, dBFS", "", 1, guard=Guard(low=-1.5, high=1.5)),
-    "silence_ratio": Measure("Share of silence", guard=Guard(high=0.05)),
-    "duration_s": Measure("Seconds of speech", "", 2, guard=Guard(low=-0.1, high=0.1, relative=True)),
-    "f0_std_semitones": Measure(
-        "Pitch variation, semitones", "", 2, guard=Guard(low=-0.2, relative=True, may_be_missing=True)
-    ),
-    "clipping_ratio": Measure("Share of clipped samples", "lower", 4),
-}
-"""In the order of tables. Who adds a judge adds a line."""
+    @property
+    def worse(self) -> Literal["higher", "lower", "either", ""]:
+        """Which change is one for the worse: against `better`, else where a guard has its limits."""
+        if self.better:
+            return "lower" if self.better == "higher" else "higher"
+        if self.guard is None:
+            return ""
+        if math.isinf(self.guard.low):
+            return "higher"
+        return "lower" if math.isinf(self.guard.high) else "either"
 
 
 JUDGE = "dnsmos_ovrl"
@@ -118,6 +129,22 @@ def measure(name: str) -> Measure:
     if name.startswith("rewards/"):
         return Measure(name.split("/")[1], "higher")
     return MEASURES.get(name, Measure(name))
+
+
+def default_judges() -> list[Judge]:
+    """The judges of MEASURES that need nothing but the sound, each once."""
+    return list(dict.fromkeys(known.judge for known in MEASURES.values() if known.judge is not None))
+
+
+def recognizer_judges() -> list[RecognizerJudge]:
+    """The judges of MEASURES that need a recognizer, each once."""
+    judges = (known.recognizer_judge for known in MEASURES.values())
+    return list(dict.fromkeys(judge for judge in judges if judge is not None))
+
+
+def shown_everywhere() -> list[str]:
+    """The measures of MEASURES that the console and the samples of a report name, in their order."""
+    return [name for name, known in MEASURES.items() if known.shown == "everywhere"]
 
 
 def clips(audio: Audio) -> list[Tensor]:
@@ -169,9 +196,6 @@ def signal(audio: Audio) -> dict[str, Tensor]:
     """Level, silence, duration, pitch and clipping of each clip; see the module's docstring."""
     measured = [_signal(clip, audio.sample_rate_hz) for clip in clips(audio)]
     return {name: torch.tensor([clip[name] for clip in measured]) for name in measured[0]}
-
-
-DEFAULT_JUDGES: tuple[Judge, ...] = (dnsmos, signal)
 
 
 def _signal(waveform: Tensor, sample_rate_hz: int) -> dict[str, float]:
@@ -227,6 +251,12 @@ def voice_similarity(recognizer: Recognizer, audio: Audio, prompts: Prompts) -> 
     return torch.cosine_similarity(spoken, references, dim=-1)
 
 
+def recognized(recognizer: Recognizer, audio: Audio, prompts: Prompts, transcripts: Sequence[str]) -> dict[str, Tensor]:
+    """`cer` of the transcripts and `voice_similarity` to the reference clips."""
+    rates = torch.tensor(character_error_rates(prompts.texts, transcripts))
+    return {"cer": rates, "voice_similarity": voice_similarity(recognizer, audio, prompts)}
+
+
 def reference_mels(prompts: Prompts, spec: MelSpec) -> tuple[Tensor, Tensor]:
     """Mels [B, T, M] of the reference clips, and the frames of each; one by one, or padding reaches the last frames."""
     mels = [
@@ -235,3 +265,46 @@ def reference_mels(prompts: Prompts, spec: MelSpec) -> tuple[Tensor, Tensor]:
     ]
     lengths_frames = torch.tensor([len(mel) for mel in mels], device=mels[0].device)
     return torch.nn.utils.rnn.pad_sequence(mels, batch_first=True), lengths_frames
+
+
+MEASURES: Mapping[str, Measure] = {
+    "dnsmos_ovrl": Measure("DNSMOS overall", "higher", short="DNSMOS", effect=0.05, judge=dnsmos),
+    "dnsmos_sig": Measure("DNSMOS speech", "higher", shown="report", judge=dnsmos),
+    "dnsmos_bak": Measure("DNSMOS background", "higher", shown="report", judge=dnsmos),
+    "cer": Measure("Character error rate", "lower", short="CER", guard=Guard(high=0.01), recognizer_judge=recognized),
+    "wer": Measure("Word error rate", "lower", short="WER"),
+    "voice_similarity": Measure(
+        "Voice similarity to the reference",
+        "higher",
+        short="voice",
+        guard=Guard(low=-0.02),
+        recognizer_judge=recognized,
+    ),
+    "level_dbfs": Measure(
+        "Level of speech, dBFS",
+        digits=2,
+        short="level, dBFS",
+        shown="tables",
+        guard=Guard(low=-1.5, high=1.5),
+        judge=signal,
+    ),
+    "silence_ratio": Measure("Share of silence", short="silence", shown="tables", guard=Guard(high=0.05), judge=signal),
+    "duration_s": Measure(
+        "Seconds of speech",
+        digits=2,
+        short="speech, s",
+        shown="tables",
+        guard=Guard(low=-0.1, high=0.1, relative=True),
+        judge=signal,
+    ),
+    "f0_std_semitones": Measure(
+        "Pitch variation, semitones",
+        digits=2,
+        short="pitch spread",
+        shown="tables",
+        guard=Guard(low=-0.2, relative=True, may_be_missing=True),
+        judge=signal,
+    ),
+    "clipping_ratio": Measure("Share of clipped samples", "lower", 4, shown="report", judge=signal),
+}
+"""In the order of tables. Who adds a judge adds a line: evaluation, console, report, verdict and comparison read it."""

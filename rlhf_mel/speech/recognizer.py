@@ -15,7 +15,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from rlhf_mel.masked import lengths_to_mask
 from rlhf_mel.speech.audio import MelSpec
-from rlhf_mel.storage import ASSETS
+from rlhf_mel.storage import ASSETS, write_tensors, write_whole
 
 ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"
 """Character k of it is class k + 1; class 0 is CTC's blank."""
@@ -78,37 +78,42 @@ class Block(nn.Module):
 
 
 class Recognizer(nn.Module):
-    """See the module docstring. Sizes: the bundled one has 2.4 M parameters."""
+    """See the module docstring; the bundled one has 2.4 M parameters."""
 
-    def __init__(
-        self,
-        mel_spec: MelSpec | None = None,
-        *,
-        dim: int = 224,
-        hidden_dim: int = 560,
-        num_layers: int = 8,
-        kernel_size: int = 11,
-        voice_layer: int = 4,
-        dropout: float = 0.1,
-    ) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Sizes of a recognizer; the defaults are those of the bundled one."""
+
+        dim: int = 224
+        """Channels between the blocks."""
+        hidden_dim: int = 560
+        """Channels inside a block's MLP."""
+        num_layers: int = 8
+        """Blocks."""
+        kernel_size: int = 11
+        """Frames that a block's convolution spans; odd."""
+        voice_layer: int = 4
+        """The block, counted from 1, after which the voice is read."""
+        dropout: float = 0.1
+        """Share of a block's outputs that training drops."""
+
+        def __post_init__(self) -> None:
+            if not 1 <= self.voice_layer <= self.num_layers or self.kernel_size % 2 == 0:
+                raise ValueError(
+                    "recognizer: expected 1 <= voice_layer <= num_layers and an odd kernel_size, got "
+                    f"{self.voice_layer}, {self.num_layers}, {self.kernel_size}"
+                )
+
+    def __init__(self, mel_spec: MelSpec | None = None, config: Config | None = None) -> None:
         super().__init__()
-        if not 1 <= voice_layer <= num_layers or kernel_size % 2 == 0:
-            raise ValueError(
-                "recognizer: expected 1 <= voice_layer <= num_layers and an odd kernel_size, got "
-                f"{voice_layer}, {num_layers}, {kernel_size}"
-            )
         self.mel_spec = mel_spec or MelSpec()
-        self.arch = {
-            "dim": dim,
-            "hidden_dim": hidden_dim,
-            "num_layers": num_layers,
-            "kernel_size": kernel_size,
-            "voice_layer": voice_layer,
-        }
-        self.voice_layer = voice_layer
+        self.config = config = config or self.Config()
+        dim = config.dim
         self.widen = nn.Conv1d(self.mel_spec.n_mels, dim, 5, padding=2)
         self.subsample = nn.Conv1d(dim, dim, 5, stride=SUBSAMPLING, padding=2)
-        self.blocks = nn.ModuleList(Block(dim, hidden_dim, kernel_size, dropout) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(
+            Block(dim, config.hidden_dim, config.kernel_size, config.dropout) for _ in range(config.num_layers)
+        )
         self.norm = nn.LayerNorm(dim)
         self.letters = nn.Linear(dim, CLASSES)
         self.voice = nn.Linear(2 * dim, VOICE_DIM)
@@ -141,7 +146,7 @@ class Recognizer(nn.Module):
         """Unit vectors [B, 64]; the cosine of two is near 1 for one voice. Only the lower blocks run."""
         with torch.autocast(mel.device.type, enabled=False):
             hidden, padded, lengths = self._stem(mel, lengths_frames)
-            middle = self._blocks(hidden, padded, upto=self.voice_layer)[1]
+            middle = self._blocks(hidden, padded, upto=self.config.voice_layer)[1]
             return self._pool(middle, padded, lengths)
 
     def _stem(self, mel: Tensor, lengths_frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +163,7 @@ class Recognizer(nn.Module):
         middle = hidden
         for index, block in enumerate(self.blocks[:upto], start=1):
             hidden = block(hidden.masked_fill(padded, 0.0))
-            middle = hidden if index == self.voice_layer else middle
+            middle = hidden if index == self.config.voice_layer else middle
         return hidden, middle
 
     def _pool(self, hidden: Tensor, padded: Tensor, lengths: Tensor) -> Tensor:
@@ -232,25 +237,17 @@ def load_recognizer(name: str | Path = "tiny", *, device: torch.device | str | N
     config = json.loads((folder / "recognizer.json").read_text())
     if config["alphabet"] != ALPHABET:
         raise ValueError(f"{folder}: expected the alphabet {ALPHABET!r}, got {config['alphabet']!r}; retrain")
-    recognizer = Recognizer(MelSpec(**config["mel_spec"]), **config["arch"])
+    recognizer = Recognizer(MelSpec(**config["mel_spec"]), Recognizer.Config(**config["arch"]))
     weights = load_file(folder / "recognizer.safetensors")
     recognizer.load_state_dict({key: value.float() for key, value in weights.items()})
     return recognizer.to(device).eval().requires_grad_(False)
 
 
 def save_recognizer(recognizer: Recognizer, folder: Path, **card: Any) -> None:
-    """Write `recognizer.json` (with `card` in it) and fp16 `recognizer.safetensors` to `folder`.
-
-    Written beside and moved into place: a reader never sees half a file.
-    """
-    from safetensors.torch import save_file
-
+    """Write `recognizer.json` (with `card` in it) and fp16 `recognizer.safetensors` to `folder`, each whole or not."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.detach().half().cpu().contiguous() for key, value in recognizer.state_dict().items()}
-    spec = asdict(recognizer.mel_spec)
-    config = {"alphabet": ALPHABET, "arch": recognizer.arch, "mel_spec": spec, **card}
-    save_file(weights, folder / "recognizer.safetensors.part")
-    (folder / "recognizer.safetensors.part").chmod(0o644)  # safetensors makes it private
-    (folder / "recognizer.json.part").write_text(json.dumps(config, indent=1) + "\n")
-    for file_name in ("recognizer.safetensors", "recognizer.json"):
-        (folder / f"{file_name}.part").replace(folder / file_name)
+    spec, arch = asdict(recognizer.mel_spec), asdict(recognizer.config)
+    text = json.dumps({"alphabet": ALPHABET, "arch": arch, "mel_spec": spec, **card}, indent=1) + "\n"
+    write_tensors(folder / "recognizer.safetensors", weights)
+    write_whole(folder / "recognizer.json", lambda path: path.write_text(text, encoding="utf-8"))

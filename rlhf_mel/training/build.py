@@ -44,13 +44,20 @@ def build_pipeline(
         vocoder=vocoder,
         rewards=rewards,
         reference=ReferencePolicy(policy) if args.beta else None,
-        sampling=Sampling(
-            steps=args.sampling_steps,
-            cfg_strength=args.cfg_strength if args.train_cfg_strength is None else args.train_cfg_strength,
-            sway_sampling_coef=args.sway_sampling_coef,
-            method=args.solver,
+        sampling=sampling_of(
+            args, cfg_strength=args.cfg_strength if args.train_cfg_strength is None else args.train_cfg_strength
         ),
         reward_batch_size=args.reward_batch_size,
+    )
+
+
+def sampling_of(args: RLHFConfig, *, cfg_strength: float) -> Sampling:
+    """How the policy is solved in a run; guidance of training and of evaluation may differ."""
+    return Sampling(
+        steps=args.sampling_steps,
+        cfg_strength=cfg_strength,
+        sway_sampling_coef=args.sway_sampling_coef,
+        method=args.solver,
     )
 
 
@@ -112,9 +119,8 @@ def as_prompts(
             prompts = load_dataset_prompts(str(prompts).removeprefix(HUB_DATASETS), split=split, **named)
         else:
             prompts = load_prompts(prompts, split="heldout" if held_out else "train", **named)
-    tokenizer = getattr(policy, "tokenizer", None)  # a flow of one's own may read in a way of its own
-    if tokenizer is not None:
-        prompts.check_texts(tokenizer)
+    if policy.tokenizer is not None:
+        prompts.check_texts(policy.tokenizer)
     return prompts
 
 

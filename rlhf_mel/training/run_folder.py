@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_mel.evaluation.evaluate import EvaluationResult
+from rlhf_mel.speech.measures import shown_everywhere
 from rlhf_mel.types import Prompts
-
-SHOWN = ("reward", "dnsmos_ovrl", "cer", "voice_similarity")
-"""What the console says of an evaluation; summary.json and report.html have all of it."""
 
 
 def write_samples(folder: Path, prompts: Prompts, before: EvaluationResult, after: EvaluationResult) -> None:
@@ -43,7 +41,14 @@ def write_samples(folder: Path, prompts: Prompts, before: EvaluationResult, afte
     write_json(folder / "index.json", index)
 
 
+def evaluation_line(metrics: Mapping[str, float]) -> str:
+    """What the console says of an evaluation; summary.json and report.html have all of it."""
+    names = ("reward", *shown_everywhere())
+    return metrics_line({name: metrics[name] for name in names if name in metrics})
+
+
 def metrics_line(values: Mapping[str, float]) -> str:
+    """Names and values with four digits, on one line."""
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
@@ -57,4 +62,5 @@ def json_ready(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, NaN and infinity as null."""
     path.write_text(json.dumps(json_ready(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -57,11 +57,12 @@ from rlhf_mel.training.build import (
     check_launch,
     freeze,
     heldout_prompts,
+    sampling_of,
 )
 from rlhf_mel.training.callbacks import AfterUpdate, Console, FirstGradient, FollowWeights, MetricsFile, StepClock
 from rlhf_mel.training.config import RLHFConfig, save_config
 from rlhf_mel.training.first_batch import check_first_batch
-from rlhf_mel.training.run_folder import SHOWN, metrics_line, write_json, write_samples
+from rlhf_mel.training.run_folder import evaluation_line, write_json, write_samples
 from rlhf_mel.training.update import UpdateLoss
 from rlhf_mel.types import Prompts
 from rlhf_mel.vocoders import Vocoder, load_vocoder
@@ -255,18 +256,15 @@ class RLHFTrainer(Trainer):
                 self.pipeline.vocoder,
                 self.pipeline.rewards,
                 _all_prompts(self.heldout).to(self.args.device),
-                steps=self.args.sampling_steps,
-                cfg_strength=self.args.cfg_strength,
-                sway_sampling_coef=self.args.sway_sampling_coef,
-                method=self.args.solver,
+                sampling=sampling_of(self.args, cfg_strength=self.args.cfg_strength),
                 seed=self.args.seed if seed is None else seed,
                 recognizer=self.recognizer,
                 batch_size=self.args.per_device_eval_batch_size,
                 shown_as=f"{when:>8}",
             )
-            shown = {name: result.metrics[name] for name in SHOWN if name in result.metrics}
+            line = evaluation_line(result.metrics)
             took = duration(time.monotonic() - started)
-            print(f"{when:>8}: {len(self.heldout)} held-out prompts  {metrics_line(shown)}  ({took})", flush=True)
+            print(f"{when:>8}: {len(self.heldout)} held-out prompts  {line}  ({took})", flush=True)
         self.accelerator.wait_for_everyone()
         return result
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf_mel.evaluation.evaluate import EvaluationResult, evaluate, voices_of
 from rlhf_mel.flow.noise import item_generator
 from rlhf_mel.flow.policy import rollout
-from rlhf_mel.pipeline import vocode
+from rlhf_mel.pipeline import Sampling, vocode
 from rlhf_mel.rewards.combine import Rewards
 from rlhf_mel.speech.audio import MelSpec, log_mel, resample
 from rlhf_mel.speech.measures import character_error_rates, dnsmos, reference_mels, signal, voice_similarity
@@ -203,7 +203,7 @@ def loudness(audio: Audio) -> dict[str, Tensor]:
 
 def listen(prompts: Prompts, **options: Any) -> EvaluationResult:
     policy = options.pop("policy", None) or tiny_policy()
-    options = {"steps": 3, "judges": [loudness], **options}
+    options = {"sampling": Sampling(steps=3), "judges": [loudness], **options}
     return evaluate(policy, Hum(), Rewards([first_sample], [2.0]), prompts, **options)
 
 
@@ -246,7 +246,7 @@ def test_noise_depends_on_seed_and_row_alone() -> None:
 
 def test_evaluate_speaks_with_the_solver_it_is_given() -> None:
     prompts, policy = tiny_prompts(), tiny_policy()
-    heard = listen(prompts, policy=policy, method="midpoint").waveforms
+    heard = listen(prompts, policy=policy, sampling=Sampling(steps=3, method="midpoint")).waveforms
     generators = [item_generator(0, row) for row in range(len(prompts))]
     spoken = rollout(policy, prompts, steps=3, method="midpoint", grad_steps=0, generator=generators)
     by_hand = vocode(Hum(), spoken).waveform
@@ -267,7 +267,7 @@ def test_a_dropped_reward_is_counted() -> None:
     def sometimes(completions: list[np.ndarray]) -> list[float | None]:
         return [math.nan, 1.0, 3.0]
 
-    result = evaluate(tiny_policy(), Hum(), Rewards([sometimes]), tiny_prompts(), steps=2, judges=[])
+    result = evaluate(tiny_policy(), Hum(), Rewards([sometimes]), tiny_prompts(), sampling=Sampling(steps=2), judges=[])
     assert result.metrics["dropped_rollouts"] == 1 and result.metrics["reward"] == 2.0
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_mel.evaluation.evaluate import evaluate
 from rlhf_mel.flow.noise import item_generator, item_generators
 from rlhf_mel.flow.policy import rollout
+from rlhf_mel.pipeline import Sampling
 from rlhf_mel.rewards.combine import Rewards
 from rlhf_mel.samplers.best_of_n import BestOfN, candidate_generators
 from rlhf_mel.types import Audio, Prompts
@@ -101,7 +102,7 @@ def test_a_rollout_without_a_score_is_the_worst() -> None:
 
 def test_the_evaluation_judges_it_under_the_same_prompts_and_seeds() -> None:
     policy, rewards, own = tiny_policy(), Rewards([MelReward()]), tiny_prompts()
-    options: dict[str, Any] = dict(steps=2, judges=[], seed=3)
+    options: dict[str, Any] = dict(sampling=Sampling(steps=2), judges=[], seed=3)
     plain = evaluate(policy, Hum(), rewards, own, **options)
     first = evaluate(policy, Hum(), rewards, own, sampler=BestOfN(vocoder=Hum(), rewards=rewards, n=1), **options)
     assert first.measures == plain.measures

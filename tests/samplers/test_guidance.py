@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf_mel.evaluation.evaluate import evaluate
 from rlhf_mel.flow.noise import item_generator
 from rlhf_mel.flow.policy import rollout
+from rlhf_mel.pipeline import Sampling
 from rlhf_mel.rewards.combine import Rewards
 from rlhf_mel.samplers.noise_optimisation import NoiseOptimisation, drawn_noise, moved
 from rlhf_mel.samplers.step_guidance import Guided, StepGuidance
@@ -190,7 +191,7 @@ def test_the_reference_frames_are_not_guided() -> None:
 
 def test_the_evaluation_judges_them_under_the_same_prompts_and_seeds() -> None:
     policy, own, rewards = tiny_policy(), tiny_prompts(), Rewards([MelReward(target=0.1)])
-    options: dict[str, Any] = dict(steps=3, judges=[], seed=3)
+    options: dict[str, Any] = dict(sampling=Sampling(steps=3), judges=[], seed=3)
     plain = torch.tensor(evaluate(policy, Silent(), rewards, own, **options).measures["reward"])
     for sampler in (
         NoiseOptimisation(vocoder=Silent(), rewards=rewards, updates=4),

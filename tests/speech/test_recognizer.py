@@ -42,7 +42,7 @@ LENGTHS = torch.tensor([30, 17, 8])
 def small_recognizer() -> Recognizer:
     """Float64, eval mode, every parameter random and large enough to matter."""
     sizes = {"dim": 6, "hidden_dim": 8, "num_layers": 2, "kernel_size": 3, "voice_layer": 1}
-    recognizer = Recognizer(SPEC, **sizes).double()
+    recognizer = Recognizer(SPEC, Recognizer.Config(**sizes)).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in recognizer.parameters():
         parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -200,7 +200,7 @@ def test_voice_is_the_unit_vector_of_mean_and_deviation() -> None:
 
 def test_nothing_changes_under_autocast() -> None:
     torch.manual_seed(0)
-    recognizer = Recognizer(SPEC, dim=16, hidden_dim=16, num_layers=1, voice_layer=1).eval()
+    recognizer = Recognizer(SPEC, Recognizer.Config(dim=16, hidden_dim=16, num_layers=1, voice_layer=1)).eval()
     mel = small_mel().float()
     with torch.autocast("cpu", torch.bfloat16):
         log_probs, voices, _ = recognizer.listen(mel, LENGTHS)
@@ -210,17 +210,20 @@ def test_nothing_changes_under_autocast() -> None:
 
 def test_sizes_are_validated() -> None:
     with pytest.raises(ValueError, match="voice_layer"):
-        Recognizer(num_layers=2, voice_layer=3)
+        Recognizer.Config(num_layers=2, voice_layer=3)
     with pytest.raises(ValueError, match="odd kernel_size"):
-        Recognizer(kernel_size=4)
+        Recognizer.Config(kernel_size=4)
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
-    recognizer = Recognizer(SPEC, dim=8, hidden_dim=8, num_layers=2, voice_layer=1)
+    recognizer = Recognizer(SPEC, Recognizer.Config(dim=8, hidden_dim=8, num_layers=2, voice_layer=1))
     save_recognizer(recognizer, tmp_path, training={"steps": 7})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recognizer.json", "recognizer.safetensors"]
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "readable by whom any new file is"
     loaded = load_recognizer(tmp_path)
-    assert not loaded.training and loaded.mel_spec == SPEC and loaded.arch == recognizer.arch
+    assert not loaded.training and loaded.mel_spec == SPEC and loaded.config == recognizer.config
     for (name, saved), (_, read) in zip(recognizer.named_parameters(), loaded.named_parameters(), strict=True):
         assert not read.requires_grad
         torch.testing.assert_close(read, saved.detach(), rtol=2**-11, atol=2**-24, msg=name)
@@ -231,7 +234,7 @@ def test_loading_what_is_not_there(tmp_path: Path) -> None:
         load_recognizer("large")
     with pytest.raises(FileNotFoundError, match=r"train_recognizer\.py"):
         load_recognizer(tmp_path)
-    save_recognizer(Recognizer(SPEC, dim=8, hidden_dim=8, num_layers=1, voice_layer=1), tmp_path)
+    save_recognizer(Recognizer(SPEC, Recognizer.Config(dim=8, hidden_dim=8, num_layers=1, voice_layer=1)), tmp_path)
     config = json.loads((tmp_path / "recognizer.json").read_text()) | {"alphabet": "abc"}
     (tmp_path / "recognizer.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="alphabet"):
@@ -300,7 +303,7 @@ def test_the_recipe_learns_tones(tmp_path: Path, recipe: ModuleType) -> None:
         rows.append(json.dumps(row | {"duration_s": len(tone) / 24_000}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
     torch.manual_seed(0)
-    recognizer = Recognizer(dim=32, hidden_dim=64, num_layers=2, voice_layer=1)
+    recognizer = Recognizer(config=Recognizer.Config(dim=32, hidden_dim=64, num_layers=2, voice_layer=1))
     corpus = recipe.load_corpus(tmp_path, "cpu")
     trainer = recipe.Trainer(recognizer, corpus, SimpleNamespace(seed=0, voice_weight=0.1, lr=5e-3))
     stream = recipe.batches(trainer.mels, list(range(8)), 8, random.Random(0))
