@@ -2,25 +2,38 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+INSTALL ?= $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # What a processor without AVX-512, or without AVX2, computes; and with how many threads.
 PORTABLE ?= avx2-1 avx2-2 default-1 default-2
 PORTABLE_TESTS ?= tests
+TYPED_TESTS ?= tests/flow tests/speech tests/rewards
 isa.avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 isa.default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
-.PHONY: demo test portable lint clean
+.PHONY: demo test pytest typed portable lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/drlx.py
 
-test: $(VENV)/.installed-dev lint
+test: lint pytest
+
+pytest: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# Shapes and types of every annotated function, checked as it is called.
+typed: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --typecheck $(TYPED_TESTS)
 
 portable: $(PORTABLE:%=portable-%)
 
 portable-%: $(VENV)/.installed-dev
 	$(isa.$(firstword $(subst -, ,$*))) $(BIN)/python -m pytest --threads $(lastword $(subst -, ,$*)) $(PORTABLE_TESTS)
+
+# The site in build/site. A public name without a docstring, or a link to nowhere, fails it.
+docs: $(VENV)/.installed-docs
+	$(BIN)/ruff check --select D1 --ignore D105,D107 rlhf_mel reward_models
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -31,11 +44,15 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(INSTALL) -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(INSTALL) -e '.[docs]'
 	touch $@
 
 clean:
