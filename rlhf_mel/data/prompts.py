@@ -295,7 +295,9 @@ def load_dataset_prompts(
         columns: our names (`text`, `reference_audio`, `reference_text`, `duration_s`) to theirs, where they differ.
         keep: more columns for the rewards; all others are left out.
         config: the data set's configuration, where it has several.
-        split, mel_spec, options: of the data set, of the policy, of the prompts.
+        split: of the data set.
+        mel_spec: of the policy.
+        options: of the prompts.
     """
     name = source if isinstance(source, str) else "data set"
     dataset = load_hub_rows(source, split=split, config=config) if isinstance(source, str) else source
