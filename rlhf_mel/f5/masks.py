@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf_mel.masked import lengths_to_mask
@@ -19,15 +20,22 @@ def mel_spec_from_f5(kwargs: Mapping[str, Any]) -> MelSpec:
     return MelSpec(**{ours.get(name, name): value for name, value in kwargs.items()})
 
 
-def fit_durations(duration: int | Tensor, ids: Tensor, lens: Tensor, max_duration: int) -> list[int]:
-    """Total frames of each item: at least one more than its reference or its text have."""
+def fit_durations(
+    duration: int | Int[Tensor, ...], ids: Int[Tensor, "b t"], lens: Int[Tensor, b], max_duration: int
+) -> list[int]:
+    """Total frames of each item: `duration`, at least one more than its reference `lens` or its text have."""
     wanted = torch.as_tensor(duration, device=ids.device).expand(len(ids))
     least = torch.maximum((ids != -1).sum(dim=-1), lens) + 1
-    return torch.maximum(least, wanted).clamp(max=max_duration).tolist()
+    fitted: list[int] = torch.maximum(least, wanted).clamp(max=max_duration).tolist()
+    return fitted
 
 
-def kept_frames(lens: Tensor, edit_mask: Tensor | None, frames: int) -> Tensor:
-    """Bool [B, T]: frames taken from the reference, of which edit_mask [B, up to T] may take some away."""
+def kept_frames(lens: Int[Tensor, b], edit_mask: Tensor | None, frames: int) -> Bool[Tensor, "b n"]:
+    """Frames taken from the reference, of which bool `edit_mask` [b, up to n] may take some away (False).
+
+    Raises:
+        ValueError: an edit_mask that is not bool, or not of b (or one) rows.
+    """
     kept = lengths_to_mask(lens, frames)
     if edit_mask is None:
         return kept
@@ -39,19 +47,23 @@ def kept_frames(lens: Tensor, edit_mask: Tensor | None, frames: int) -> Tensor:
     return kept & F.pad(edit_mask, (0, frames - edit_mask.shape[1]), value=False)
 
 
-def spans(lens: Tensor, fractions: Tensor, places: Tensor, frames: int) -> Tensor:
-    """Bool [B, T]: a span of `fractions` [B] of each length, begun at `places` [B] in [0, 1) of the room."""
+def spans(
+    lens: Int[Tensor, b], fractions: Float[Tensor, b], places: Float[Tensor, b], frames: int
+) -> Bool[Tensor, "b n"]:
+    """A span of `fractions` of each length, begun at `places` in [0, 1) of the room."""
     spans = (fractions * lens).long()
     first = ((lens - spans) * places).long().unsqueeze(1)
     position = torch.arange(frames, device=lens.device)
     return (position >= first) & (position < first + spans.unsqueeze(1))
 
 
-def uniform(batch: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+def uniform(batch: int, generator: torch.Generator | None, device: torch.device) -> Float[Tensor, b]:
+    """Uniform numbers in [0, 1), drawn on the generator's own device."""
     drawn_on = device if generator is None else generator.device
     return torch.rand(batch, generator=generator, device=drawn_on).to(device)
 
 
 def chance(probability: float, generator: torch.Generator | None) -> bool:
+    """True with `probability`."""
     device = None if generator is None else generator.device
     return bool(torch.rand((), generator=generator, device=device) < probability)
