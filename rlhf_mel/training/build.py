@@ -93,17 +93,18 @@ def check_launch(args: RLHFConfig) -> None:
 
 
 def as_rewards(given: RewardSpec | Sequence[RewardSpec] | Rewards | None, args: RLHFConfig) -> Rewards:
-    """The rewards given, or those that `args` names with their options; weights are those of `args`."""
+    """The rewards given, or those that `args` names; weights and options are those of `args`.
+
+    Raises:
+        ValueError: Rewards that have their own weights and options were given beside those of `args`.
+    """
     if isinstance(given, Rewards):
-        if args.reward_weights is not None:
-            raise ValueError(
-                "reward_weights: expected none beside Rewards, which have their own, got both; remove them"
-            )
+        for name in ("reward_weights", "reward_kwargs"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"{name}: expected none beside Rewards, which have their own, got both; remove them")
         return given
-    if given is None:
-        return Rewards(args.reward_models, args.reward_weights, args.reward_kwargs)  # type: ignore[arg-type]
-    models: Any = given if isinstance(given, list | tuple) else [given]
-    return Rewards(models, args.reward_weights)
+    models: Any = args.reward_models if given is None else given if isinstance(given, list | tuple) else [given]
+    return Rewards(models, args.reward_weights, args.reward_kwargs)  # type: ignore[arg-type]
 
 
 def as_prompts(

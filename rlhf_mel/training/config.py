@@ -5,6 +5,7 @@
 reward is an error that names what was expected, before any model is loaded.
 """
 
+# ruff: noqa: RUF009 (what option() returns is a field of its own, not a value that runs share)
 from __future__ import annotations
 
 import dataclasses
@@ -34,8 +35,12 @@ NOT_SAVED = frozenset({"hub_token", "local_rank", "debug", "include_num_input_to
 """A secret, the launcher's, and two whose defaults the command line gives in another form."""
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text.replace("%", "%%")}
+def option(default: Any, text: str) -> Any:
+    """A field of a run: its default (a function makes one that can be changed), and what --help says of it."""
+    metadata = {"help": text.replace("%", "%%")}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -49,165 +54,106 @@ class RLHFConfig(TrainingArguments):
         "reward_kwargs",
     ]
 
-    policy: str = field(
-        default="tiny",
-        metadata=_help(
-            "Flow to fine-tune: 'tiny' (bundled), a published name, a folder, a file, 'package.module:function'."
-        ),
+    policy: str = option(
+        "tiny", "Flow to fine-tune: 'tiny' (bundled), a published name, a folder, a file, 'package.module:function'."
     )
-    policy_model: str | None = field(
-        default=None, metadata=_help("For a weight file of F5-TTS: the published model it is or was tuned from.")
+    policy_model: str | None = option(None, "For a weight file of F5-TTS: the published model it is or was tuned from.")
+    policy_vocab: str | None = option(None, "For a weight file of F5-TTS: its vocab.txt; default: the one beside it.")
+    policy_weights: str | None = option(
+        None, "For a policy by 'package.module:function': a folder policy/ that a run saved."
     )
-    policy_vocab: str | None = field(
-        default=None, metadata=_help("For a weight file of F5-TTS: its vocab.txt; default: the one beside it.")
+    vocoder: str = option("tiny", "Mel to waveform, frozen: 'tiny', 'griffin_lim', path.")
+    recognizer: str = option("tiny", "Listens in the evaluation (error rate, voice): 'tiny', path or 'none'.")
+    train_prompts: str = option(
+        "tiny", "'tiny', a list (JSONL, CSV, .lst), a folder with train.jsonl, or 'hf://datasets/OWNER/NAME'."
     )
-    policy_weights: str | None = field(
-        default=None, metadata=_help("For a policy by 'package.module:function': a folder policy/ that a run saved.")
+    eval_prompts: str = option("tiny", "'tiny', a list, a folder with heldout.jsonl, or 'hf://datasets/OWNER/NAME'.")
+    dataset_train_split: str = option("train", "Split of hf:// prompts to train on.")
+    dataset_test_split: str = option("test", "Split of hf:// prompts to evaluate on.")
+    prompt_columns: dict[str, str] | str | None = option(
+        None, 'Our names of columns to theirs, as JSON: \'{"text": "sentence"}\'.'
     )
-    vocoder: str = field(default="tiny", metadata=_help("Mel to waveform, frozen: 'tiny', 'griffin_lim', path."))
-    recognizer: str = field(
-        default="tiny", metadata=_help("Listens in the evaluation (error rate, voice): 'tiny', path or 'none'.")
-    )
-    train_prompts: str = field(
-        default="tiny",
-        metadata=_help("'tiny', a list (JSONL, CSV, .lst), a folder with train.jsonl, or 'hf://datasets/OWNER/NAME'."),
-    )
-    eval_prompts: str = field(
-        default="tiny",
-        metadata=_help("'tiny', a list, a folder with heldout.jsonl, or 'hf://datasets/OWNER/NAME'."),
-    )
-    dataset_train_split: str = field(default="train", metadata=_help("Split of hf:// prompts to train on."))
-    dataset_test_split: str = field(default="test", metadata=_help("Split of hf:// prompts to evaluate on."))
-    prompt_columns: dict[str, str] | str | None = field(
-        default=None, metadata=_help('Our names of columns to theirs, as JSON: \'{"text": "sentence"}\'.')
-    )
-    prepare_references: bool = field(
-        default=False, metadata=_help("Shorten, trim and raise reference clips as F5-TTS's inference does.")
-    )
-    duration_rule: str = field(
-        default="policy", metadata=_help("Where a prompt has no duration_s: 'policy', or 'f5', F5-TTS's inference.")
-    )
-    num_eval_prompts: int = field(
-        default=8,
-        metadata=_help("Held-out prompts heard before and after training, from the first on; 0: none."),
+    prepare_references: bool = option(False, "Shorten, trim and raise reference clips as F5-TTS's inference does.")
+    duration_rule: str = option("policy", "Where a prompt has no duration_s: 'policy', or 'f5', F5-TTS's inference.")
+    num_eval_prompts: int = option(8, "Held-out prompts heard before and after training, from the first on; 0: none.")
+
+    noise_floor: bool = option(
+        True, "Before training, hear held-out prompts with a second sampling seed too: how far chance moves a measure."
     )
 
-    noise_floor: bool = field(
-        default=True,
-        metadata=_help(
-            "Before training, hear held-out prompts with a second sampling seed too: how far chance moves a measure."
-        ),
+    reward_models: list[str] = option(
+        lambda: ["mos"], "Rewards by name (reward_models/NAME.py) or 'package.module:Name'."
+    )
+    reward_weights: list[float] | None = option(None, "One weight a reward; default: 1 each.")
+    reward_kwargs: dict[str, Any] | str | None = option(
+        None, 'Options of rewards, by the names above, as JSON: \'{"mos": {"compression_eps": 1e-3}}\'.'
+    )
+    algorithm: str = option("draft", "A file of rlhf_mel/algorithms: 'draft', 'refl', 'flow_grpo', ...")
+    algorithm_kwargs: dict[str, Any] | str | None = option(
+        None, "Options of the algorithm's own Config, as JSON: '{\"grad_steps\": 4}'."
+    )
+    beta: float | None = option(
+        None,
+        "Weight of what ties the policy to the reference; 0: no reference is kept (as in TRL); default: the "
+        "algorithm's own.",
+    )
+    num_iterations: int = option(1, "Updates that learn from the same rollouts (as in TRL), where there are rollouts.")
+    epsilon: float | None = option(None, "How far below 1 a probability ratio counts; default: the algorithm's own.")
+    epsilon_high: float | None = option(None, "How far above 1 a probability ratio counts; default: epsilon.")
+    scale_rewards: str | None = option(
+        None, "Rewards are divided by the deviation of their 'group', of the 'batch', or by 'none'."
+    )
+    multi_objective_aggregation: str | None = option(
+        None, "Several rewards: 'sum_then_normalize', or 'normalize_then_sum', each by its own deviation."
+    )
+    num_generations: int = option(1, "Rollouts of one prompt in a batch; divides per_device_train_batch_size.")
+    ema_decay: float | None = option(
+        None,
+        "Decay an update of an average of the trained weights, evaluated and saved beside them (policy_ema/); "
+        "default: none is kept, flow_grpo: 0.9.",
     )
 
-    reward_models: list[str] = field(
-        default_factory=lambda: ["mos"],
-        metadata=_help("Rewards by name (reward_models/NAME.py) or 'package.module:Name'."),
+    sampling_steps: int = option(16, "Steps of the ODE solve, in training and evaluation.")
+    cfg_strength: float = option(2.0, "Classifier-free guidance; 0: none, F5-TTS: 2.")
+    train_cfg_strength: float | None = option(
+        None,
+        "Guidance of training rollouts; default: cfg_strength. Without (0), training costs half, and Flow-GRPO "
+        "and FlowTTS-GRPO found it to learn faster.",
     )
-    reward_weights: list[float] | None = field(default=None, metadata=_help("One weight a reward; default: 1 each."))
-    reward_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata=_help('Options of rewards, by the names above, as JSON: \'{"mos": {"compression_eps": 1e-3}}\'.'),
-    )
-    algorithm: str = field(
-        default="draft", metadata=_help("A file of rlhf_mel/algorithms: 'draft', 'refl', 'flow_grpo', ...")
-    )
-    algorithm_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata=_help("Options of the algorithm's own Config, as JSON: '{\"grad_steps\": 4}'.")
-    )
-    beta: float | None = field(
-        default=None,
-        metadata=_help(
-            "Weight of what ties the policy to the reference; 0: no reference is kept (as in TRL); default: the "
-            "algorithm's own."
-        ),
-    )
-    num_iterations: int = field(
-        default=1, metadata=_help("Updates that learn from the same rollouts (as in TRL), where there are rollouts.")
-    )
-    epsilon: float | None = field(
-        default=None, metadata=_help("How far below 1 a probability ratio counts; default: the algorithm's own.")
-    )
-    epsilon_high: float | None = field(
-        default=None, metadata=_help("How far above 1 a probability ratio counts; default: epsilon.")
-    )
-    scale_rewards: str | None = field(
-        default=None,
-        metadata=_help("Rewards are divided by the deviation of their 'group', of the 'batch', or by 'none'."),
-    )
-    multi_objective_aggregation: str | None = field(
-        default=None,
-        metadata=_help("Several rewards: 'sum_then_normalize', or 'normalize_then_sum', each by its own deviation."),
-    )
-    num_generations: int = field(
-        default=1, metadata=_help("Rollouts of one prompt in a batch; divides per_device_train_batch_size.")
-    )
-    ema_decay: float | None = field(
-        default=None,
-        metadata=_help(
-            "Decay an update of an average of the trained weights, evaluated and saved beside them (policy_ema/); "
-            "default: none is kept, flow_grpo: 0.9."
-        ),
-    )
+    sway_sampling_coef: float | None = option(-1.0, "Sway of the time grid, F5-TTS: -1; None: uniform.")
+    solver: str = option("euler", "Method of the ODE solve: 'euler', 'midpoint', ...")
 
-    sampling_steps: int = field(default=16, metadata=_help("Steps of the ODE solve, in training and evaluation."))
-    cfg_strength: float = field(default=2.0, metadata=_help("Classifier-free guidance; 0: none, F5-TTS: 2."))
-    train_cfg_strength: float | None = field(
-        default=None,
-        metadata=_help(
-            "Guidance of training rollouts; default: cfg_strength. Without (0), training costs half, and Flow-GRPO "
-            "and FlowTTS-GRPO found it to learn faster."
-        ),
+    reward_batch_size: int | None = option(
+        None, "Rollouts that vocoder and rewards hear at once, to save memory; default: all of the batch."
     )
-    sway_sampling_coef: float | None = field(
-        default=-1.0, metadata=_help("Sway of the time grid, F5-TTS: -1; None: uniform.")
+    torch_compile: bool = option(
+        False,
+        "Compile the policy's repeated blocks, and nothing else: half a minute at first; pays on a GPU from the "
+        "size of F5TTS_v1_Base on.",
     )
-    solver: str = field(default="euler", metadata=_help("Method of the ODE solve: 'euler', 'midpoint', ..."))
-
-    reward_batch_size: int | None = field(
-        default=None,
-        metadata=_help("Rollouts that vocoder and rewards hear at once, to save memory; default: all of the batch."),
+    cuda_graphs: bool | None = option(
+        None,
+        "Velocities, and gradients of lengths that come often, as CUDA graphs, which keep the memory of the "
+        "largest; default: on a GPU.",
     )
-    torch_compile: bool = field(
-        default=False,
-        metadata=_help(
-            "Compile the policy's repeated blocks, and nothing else: half a minute at first; pays on a GPU from the "
-            "size of F5TTS_v1_Base on."
-        ),
+    cpu_threads: int | None = option(
+        None, "Threads a process on a CPU; default: the cores there are, at most 8. (accelerate allows 1.)"
     )
-    cuda_graphs: bool | None = field(
-        default=None,
-        metadata=_help(
-            "Velocities, and gradients of lengths that come often, as CUDA graphs, which keep the memory of the "
-            "largest; default: on a GPU."
-        ),
-    )
-    cpu_threads: int | None = field(
-        default=None,
-        metadata=_help("Threads a process on a CPU; default: the cores there are, at most 8. (accelerate allows 1.)"),
-    )
-    output_dir: str = field(  # type: ignore[assignment]
-        default="runs/demo", metadata=_help("Everything a run writes: samples, checkpoints, report.html, policy/.")
-    )
-    learning_rate: float = field(default=1e-5, metadata=_help("Peak learning rate of AdamW."))
-    max_steps: int = field(default=20, metadata=_help("Updates."))
-    per_device_train_batch_size: int = field(default=4, metadata=_help("Rollouts a device and update."))
-    warmup_steps: float = field(default=0, metadata=_help("Updates of linear warm-up (below 1: share of all)."))
-    lr_scheduler_type: str = field(default="constant", metadata=_help("Learning rate schedule."))  # type: ignore[assignment]
-    logging_steps: float = field(default=1, metadata=_help("Updates between two log lines."))
-    save_strategy: str = field(default="steps", metadata=_help("When to write checkpoints."))  # type: ignore[assignment]
-    save_steps: float = field(default=100, metadata=_help("Updates between two checkpoints."))
-    save_total_limit: int | None = field(default=1, metadata=_help("Checkpoints to keep."))
+    output_dir: str = option("runs/demo", "Everything a run writes: samples, checkpoints, report.html, policy/.")
+    learning_rate: float = option(1e-5, "Peak learning rate of AdamW.")
+    max_steps: int = option(20, "Updates.")
+    per_device_train_batch_size: int = option(4, "Rollouts a device and update.")
+    warmup_steps: float = option(0, "Updates of linear warm-up (below 1: share of all).")
+    lr_scheduler_type: str = option("constant", "Learning rate schedule.")  # type: ignore[assignment]
+    logging_steps: float = option(1, "Updates between two log lines.")
+    save_strategy: str = option("steps", "When to write checkpoints.")  # type: ignore[assignment]
+    save_steps: float = option(100, "Updates between two checkpoints.")
+    save_total_limit: int | None = option(1, "Checkpoints to keep.")
     # In this order: HfArgumentParser takes the second of three types.
-    report_to: None | str | list[str] = field(  # noqa: RUF036
-        default="none", metadata=_help("Trackers: wandb, tensorboard, ...")
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata=_help("Prompts carry every column to the rewards: must stay False.")
-    )
-    dataloader_pin_memory: bool = field(default=False, metadata=_help("Batches are small; nothing to gain."))
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata=_help("Every parameter takes part in every velocity.")
-    )
+    report_to: None | str | list[str] = option("none", "Trackers: wandb, tensorboard, ...")  # noqa: RUF036
+    remove_unused_columns: bool = option(False, "Prompts carry every column to the rewards: must stay False.")
+    dataloader_pin_memory: bool = option(False, "Batches are small; nothing to gain.")
+    ddp_find_unused_parameters: bool | None = option(False, "Every parameter takes part in every velocity.")
 
     def __post_init__(self) -> None:
         self._as_given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
@@ -328,20 +274,25 @@ def _check_rewards(names: Sequence[str], weights: Sequence[float] | None, option
         check_options(find_reward(name), own, name=name)
 
 
-def resolved(config: RLHFConfig, peft_config: LoraConfig | None = None) -> dict[str, Any]:
-    """What reproduces a run by `--config`: our own fields, and each inherited one that was given another value."""
+def resolved(
+    config: RLHFConfig, peft_config: LoraConfig | None = None, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What reproduces a run by `--config`: our own fields, and each inherited one that was given another value.
+
+    given: fields of parts that the trainer was given in Python (sources.py), in place of the config's.
+    """
     # Not by comparison with a second RLHFConfig(): a new TrainingArguments resets Accelerate under a running trainer.
     own = RLHFConfig.__annotations__
     values = {name: value for name, value in config.to_dict().items() if name in own}
     fields = dataclasses.fields(TrainingArguments)
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields}
-    given = {
+    changed = {
         name: value
         for name, value in config._as_given.items()
         if name not in own and value != defaults[name] and name not in NOT_SAVED
     }
     values["torch_compile"] = config.compile_policy  # what transformers is told is another thing
-    return values | given | _lora_fields(peft_config)
+    return values | changed | _lora_fields(peft_config) | dict(given or {})
 
 
 def _lora_fields(peft_config: LoraConfig | None) -> dict[str, Any]:
@@ -361,6 +312,9 @@ def _lora_fields(peft_config: LoraConfig | None) -> dict[str, Any]:
     }
 
 
-def save_config(path: Path, config: RLHFConfig, peft_config: LoraConfig | None = None) -> None:
+def save_config(
+    path: Path, config: RLHFConfig, peft_config: LoraConfig | None = None, given: Mapping[str, Any] | None = None
+) -> None:
     """Write `resolved` as YAML."""
-    path.write_text(yaml.safe_dump(resolved(config, peft_config), sort_keys=False, allow_unicode=True))
+    values = resolved(config, peft_config, given)
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -63,6 +63,7 @@ from rlhf_mel.training.callbacks import AfterUpdate, Console, FirstGradient, Fol
 from rlhf_mel.training.config import RLHFConfig, save_config
 from rlhf_mel.training.first_batch import check_first_batch
 from rlhf_mel.training.run_folder import evaluation_line, write_json, write_samples
+from rlhf_mel.training.sources import given_parts, given_rewards
 from rlhf_mel.training.update import UpdateLoss
 from rlhf_mel.types import Prompts
 from rlhf_mel.vocoders import Vocoder, load_vocoder
@@ -82,9 +83,10 @@ class RLHFTrainer(Trainer):
         policy: a policy or the name of one; it is trained in place. None: `args.policy`.
         reward_models: rewards, or names of them; None: `args.reward_models`.
         args: the run; None: the defaults, which name the bundled models.
-        vocoder, recognizer: as objects or names; None: those `args` names. Both are frozen.
-        train_dataset, eval_dataset: prompts, or names of them; None: those `args` names. Of `eval_dataset` the first
-            `args.num_eval_prompts` are heard before and after training.
+        vocoder: an object or a name; None: `args.vocoder`. It is frozen.
+        recognizer: likewise.
+        train_dataset: prompts, or a name of them; None: those `args` names.
+        eval_dataset: likewise; the first `args.num_eval_prompts` are heard before and after training.
         peft_config: train LoRA adapters instead of all weights.
         callbacks: of transformers.
     """
@@ -109,6 +111,13 @@ class RLHFTrainer(Trainer):
         self.peft_config = peft_config
         algorithm = load_algorithm(args.algorithm, args.algorithm_options, beta=args.beta or 0.0)
         rewards = as_rewards(reward_models, args)
+        self.given = given_rewards(reward_models, rewards) | given_parts(
+            policy=policy,
+            vocoder=vocoder,
+            recognizer=recognizer,
+            train_prompts=train_dataset,
+            eval_prompts=eval_dataset,
+        )
         if not isinstance(policy, nn.Module):
             policy = policies.load(
                 policy or args.policy, model=args.policy_model, vocab=args.policy_vocab, weights=args.policy_weights
@@ -157,7 +166,7 @@ class RLHFTrainer(Trainer):
         folder = Path(self.args.output_dir)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            save_config(folder / "config.yaml", self.args, self.peft_config)
+            save_config(folder / "config.yaml", self.args, self.peft_config, self.given)
             print(self._title(), flush=True)
         self._micro_batch = (-1, 0)
         self._collected.clear()
@@ -170,7 +179,7 @@ class RLHFTrainer(Trainer):
         if self.args.should_save:
             policies.save(self.policy, folder / "policy")
             if self.peft_config is not None:
-                save_lora(self.policy, folder / "adapter", base=self.args.policy)
+                save_lora(self.policy, folder / "adapter", base=self.given.get("policy", self.args.policy))
             self._write_results(folder, before, after, after_ema, floor, seconds=time.monotonic() - started)
         self.accelerator.wait_for_everyone()
         return output
@@ -343,7 +352,7 @@ class RLHFTrainer(Trainer):
         return push_to_hub(
             self.policy,
             self.args.hub_model_id or folder.resolve().name,
-            base=self.args.policy,
+            base=self.given.get("policy", self.args.policy),
             folder=folder / "policy",
             run=folder,
             private=self.args.hub_private_repo is not False,

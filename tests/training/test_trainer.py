@@ -398,8 +398,10 @@ def test_a_run_leaves_its_folder(tmp_path: Path, dataset: PromptDataset) -> None
 
     assert same_weights(load_policy(summary["policy"]), run.policy)
     assert (tmp_path / "report.html").stat().st_size > 1000
-    again, _ = parse_arguments(["--config", str(tmp_path / "config.yaml")])
-    assert resolved(again) == resolved(run.args) and again.adam_beta2 == 0.9
+    named = ["--policy", "tiny", "--reward_models", "mos", "--reward_weights", "1", "--vocoder", "tiny"]
+    again, _ = parse_arguments(["--config", str(tmp_path / "config.yaml"), *named])
+    prompts = {"reward_weights": [1.0], "train_prompts": "prompts", "eval_prompts": "prompts"}
+    assert resolved(again) == {**resolved(run.args), **prompts} and again.adam_beta2 == 0.9
 
 
 def test_evaluation_between_updates_reports_with_eval_prefix(tmp_path: Path, dataset: PromptDataset) -> None:
