@@ -1,0 +1,41 @@
+"""Texts read once: a tokenizer that remembers what it has read.
+
+A rollout asks for the tokens of a prompt several times: it checks the text, rules its duration, and encodes it for the
+policy and for what the policy is compared with. Tokens depend on nothing but the arguments, so each is computed once.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from rlhf_mel.speech.text import Tokenizer
+
+TEXTS = 4096
+"""How many results of each method are kept; the longest unused go first."""
+
+
+class CachedTokenizer:
+    """`tokenizer`, each of whose methods is called once with the same arguments. What raises is not remembered."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.name = tokenizer.name
+        self._tokens = lru_cache(TEXTS)(lambda *arguments: tuple(tokenizer(*arguments)))
+        self._prompt_tokens = lru_cache(TEXTS)(lambda *arguments: tuple(tokenizer.prompt(*arguments)))
+        self._spoken_length = lru_cache(TEXTS)(tokenizer.spoken_length)
+
+    def __call__(self, text: str, frames: int | None = None) -> list[str]:
+        return list(self._tokens(text, frames))
+
+    def prompt(self, reference_text: str, text: str, reference_frames: int, frames: int) -> list[str]:
+        """See `Tokenizer`."""
+        return list(self._prompt_tokens(reference_text, text, reference_frames, frames))
+
+    def spoken_length(self, text: str) -> float:
+        """See `Tokenizer`."""
+        return self._spoken_length(text)
+
+
+@lru_cache(maxsize=16)
+def cached(tokenizer: Tokenizer) -> CachedTokenizer:
+    """The `CachedTokenizer` of `tokenizer`: always the same one for the same object."""
+    return CachedTokenizer(tokenizer)
