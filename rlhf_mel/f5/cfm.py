@@ -34,6 +34,7 @@ from rlhf_mel.masked import lengths_to_mask
 from rlhf_mel.modules import modules_of
 from rlhf_mel.speech.audio import MelSpec, samples_to_frames
 from rlhf_mel.speech.text import Tokenizer
+from rlhf_mel.speech.token_cache import cached
 from rlhf_mel.types import Prompts
 
 FULL_LOAD = 4096
@@ -222,7 +223,7 @@ class CFM(nn.Module):
         error = (pred - velocity(x0, x1)).square().mean(dim=-1)
         return (error * hidden).sum() / hidden.sum(), known, pred
 
-    def durations(self, prompts: Prompts) -> Int[Tensor, b]:
+    def durations(self, prompts: Prompts) -> Int[Tensor, " b"]:
         """Total frames: `durations_frames`, else reference frames (1 + spoken length of text / transcript).
 
         All that can be wrong with prompts is found here, before any is solved.
@@ -270,7 +271,7 @@ class CFM(nn.Module):
         generators = item_generators(generator, len(cond.lengths_frames))
         return item_noise(cond.lengths_frames, self.num_channels, generators, self.device, self.dtype)
 
-    def velocity(self, x: Float[Tensor, "b n m"], t: Float[Tensor, ...], cond: Condition) -> Float[Tensor, "b n m"]:
+    def velocity(self, x: Float[Tensor, "b n m"], t: Float[Tensor, " ..."], cond: Condition) -> Float[Tensor, "b n m"]:
         """Guided velocity at x and t (a scalar or [b]); branches in one batch.
 
         Raises:
@@ -314,7 +315,7 @@ class CFM(nn.Module):
         sway_sampling_coef: float | None = None,
         use_epss: bool = True,
         t_start: float = 0.0,
-    ) -> Float[Tensor, k]:
+    ) -> Float[Tensor, " k"]:
         """steps + 1 times from t_start to 1; see ode.timesteps."""
         return ode.timesteps(
             steps,
@@ -342,7 +343,7 @@ class CFM(nn.Module):
                 "CFM: expected a tokenizer to read prompts with, got none;"
                 " pass tokenizer=load_tokenizer(name), or use load_policy"
             )
-        return self.tokenizer
+        return cached(self.tokenizer)
 
 
 def _at_repeated(mel: Tensor, noise: Tensor, t: float) -> Tensor:

@@ -98,7 +98,7 @@ def load_policy(
 
 
 def _locate(name: str, asked: Mapping[str, Any]) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
-    """Where the weights are, what they are, and themselves; `asked`: load_policy's options."""
+    """Path of the weights, their config, and the weights; `asked`: load_policy's options."""
     if name in PUBLISHED and not Path(name).exists():
         if asked["model"] not in (None, name):
             raise ValueError(f"model: expected {name!r} or none for a published name, got {asked['model']!r}")
@@ -111,8 +111,8 @@ def _locate(name: str, asked: Mapping[str, Any]) -> tuple[Path, dict[str, Any], 
     directory = _find(name)
     config = _read_config(directory / CONFIG)
     weights = directory / config.get("weights", WEIGHTS)
-    told = {"vocab": directory / config["vocab"], "tokenizer": asked["tokenizer"] or config["tokenizer"]}
-    return weights, {**config, **told}, read_weights(weights)
+    text = {"vocab": directory / config["vocab"], "tokenizer": asked["tokenizer"] or config["tokenizer"]}
+    return weights, {**config, **text}, read_weights(weights)
 
 
 def _read_f5(
@@ -162,8 +162,8 @@ def _check_model(path: Path, model: str, config: Mapping[str, Any], state: Mappi
     """Refuse a wrong guess, as far as anything can tell: the file's own words, its tensors, its folder's name."""
     wanted = find_model(model)
     for name, value in wanted.arch.items():
-        if (found := config["arch"].get(name)) != value:
-            raise ValueError(f"{path}: expected {name}={value!r} for model={model!r}, got {found!r}; leave model= out")
+        if (actual := config["arch"].get(name)) != value:
+            raise ValueError(f"{path}: expected {name}={value!r} for model={model!r}, got {actual!r}; leave model= out")
     if model not in (fits := fitting_models(state)):
         fitting = f"fit {fits}" if fits else "fit no published model"
         differences = _differences(_shapes(wanted, state), state)
@@ -255,6 +255,7 @@ def portable_state(policy: CFM, dtype: torch.dtype = torch.float32) -> dict[str,
 
 
 def write_vocab(policy: CFM, path: Path) -> None:
+    """A token a line, in the order of ids; whole or not at all."""
     tokens = sorted((policy.vocab_char_map or {}).items(), key=lambda item: item[1])
     text = "".join(f"{token}\n" for token, _ in tokens)
     write_whole(path, lambda path: path.write_text(text, encoding="utf-8"))
@@ -279,7 +280,8 @@ def load_backbone(name: str) -> Callable[..., nn.Module]:
     if name.lower() not in known:
         raise ValueError(f"backbone: expected one of {known} (in any case), got {name!r}")
     classes = vars(import_module(f"{__package__}.backbones.{name.lower()}"))
-    return next(value for key, value in classes.items() if key.lower() == name.lower())
+    backbone: type[nn.Module] = next(value for key, value in classes.items() if key.lower() == name.lower())
+    return backbone
 
 
 def read_weights(path: Path, *, use_ema: bool | None = None) -> dict[str, Tensor]:
@@ -314,11 +316,11 @@ def read_weights(path: Path, *, use_ema: bool | None = None) -> dict[str, Tensor
 def _choose(path: Path, content: Any, use_ema: bool | None) -> dict[str, Any]:
     """The EMA or the online weights of a .pt, or all of a file that holds one of them."""
     kinds = ("ema_model_state_dict", "model_state_dict")
-    found = [kind for kind in kinds if isinstance(content, dict) and kind in content]
-    if found:
-        wanted = found[0] if use_ema is None else kinds[not use_ema]
-        if wanted not in found:
-            raise ValueError(f"{path}: expected {wanted} for use_ema={use_ema}, got {found}; leave use_ema out")
+    present = [kind for kind in kinds if isinstance(content, dict) and kind in content]
+    if present:
+        wanted = present[0] if use_ema is None else kinds[not use_ema]
+        if wanted not in present:
+            raise ValueError(f"{path}: expected {wanted} for use_ema={use_ema}, got {present}; leave use_ema out")
         content = content[wanted]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(
@@ -343,11 +345,11 @@ def load_weights(policy: nn.Module, state: Mapping[str, Tensor], *, source: str)
 
 
 def _differences(wanted: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> list[str]:
-    found = {name: tuple(value.shape) for name, value in state.items()}
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
     return [
-        f"{name}: expected {wanted.get(name, 'nothing')}, got {found.get(name, 'nothing')}"
-        for name in sorted(wanted.keys() | found.keys())
-        if wanted.get(name) != found.get(name)
+        f"{name}: expected {wanted.get(name, 'nothing')}, got {shapes.get(name, 'nothing')}"
+        for name in sorted(wanted.keys() | shapes.keys())
+        if wanted.get(name) != shapes.get(name)
     ]
 
 
@@ -401,7 +403,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             " save_policy writes one"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected JSON, got something else ({error})") from error
     required = ("backbone", "arch", "mel_spec", "tokenizer", "vocab")

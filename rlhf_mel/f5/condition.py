@@ -84,7 +84,7 @@ def velocity_by(backbone: Any) -> Callable[[Tensor, Tensor, Condition], Tensor]:
 
 
 def guided(
-    call: Callable[..., Tensor], x: Float[Tensor, "b n m"], t: Float[Tensor, ...], cond: Condition
+    call: Callable[..., Tensor], x: Float[Tensor, "b n m"], t: Float[Tensor, " ..."], cond: Condition
 ) -> Float[Tensor, "b n m"]:
     """CFM.velocity by a backbone's own velocity, `call`: v + s (v - v_free)."""
     call = partial(call, mask=cond.mask, rope=cond.rope)

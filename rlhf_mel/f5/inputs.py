@@ -63,8 +63,8 @@ def as_ids(
 
 def prompt_ids(
     prompts: Prompts,
-    reference_frames: Int[Tensor, b],
-    total_frames: Int[Tensor, b],
+    reference_frames: Int[Tensor, " b"],
+    total_frames: Int[Tensor, " b"],
     vocab: Mapping[str, int],
     tokenizer: Tokenizer,
 ) -> Int[Tensor, "b t"]:
@@ -84,7 +84,7 @@ def reference_mels(prompts: Prompts, mel_spec: MelSpec) -> list[Float[Tensor, "n
     return [log_mel(clip[None, :length], mel_spec)[0] for clip, length in clips]
 
 
-def durations_by_text(prompts: Prompts, reference_frames: Int[Tensor, b], tokenizer: Tokenizer) -> Int[Tensor, b]:
+def durations_by_text(prompts: Prompts, reference_frames: Int[Tensor, " b"], tokenizer: Tokenizer) -> Int[Tensor, " b"]:
     """Reference frames (1 + spoken length of text / that of the transcript), at least one more than the reference."""
     spoken = [tokenizer.spoken_length(text) for text in prompts.texts]
     reference_spoken = [tokenizer.spoken_length(text) for text in prompts.reference_texts]

@@ -10,6 +10,9 @@ queries, keys and values are laid side by side for the product that follows.
 Sums are kept in float32 whatever the dtype of what is summed.
 """
 
+# Triton has no types, and its kernels take pointers and numbers that it alone understands:
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 CHANNELS = (16, 32, 64, 128)
@@ -38,8 +42,8 @@ def _sum_over_taps(
     for k in range(TAPS):
         source = t + k - TAPS // 2
         inside = (source >= 0) & (source < frames)
-        heard = tl.load(x + here + source[:, None] * WIDTH + channels[None, :], mask=inside[:, None], other=0.0)
-        total = tl.dot(heard, tl.load(matrix + k * C * WIDTH), total)
+        values = tl.load(x + here + source[:, None] * WIDTH + channels[None, :], mask=inside[:, None], other=0.0)
+        total = tl.dot(values, tl.load(matrix + k * C * WIDTH), total)
     total += tl.load(bias + group * C + channels).to(tl.float32)[None, :]
     target = out + here + t[:, None] * WIDTH + channels[None, :]
     tl.store(target, total.to(out.dtype.element_ty), mask=(t < frames)[:, None])
@@ -53,13 +57,15 @@ def takes(convolution: nn.Conv1d) -> bool:
     return square and same and taps % 2 == 1 and channels in CHANNELS and convolution.bias is not None
 
 
-def packed(weight: Tensor) -> Tensor:
-    """Weight [G C, C, taps] of a convolution as `convolved` reads it, [taps, C, G C]."""
+def packed(weight: Float[Tensor, "w c taps"]) -> Float[Tensor, "taps c w"]:
+    """Weight of a convolution of w channels in groups of c, as `convolved` reads it."""
     return weight.permute(2, 1, 0).contiguous()
 
 
-def convolved(x: Tensor, matrices: Tensor, bias: Tensor) -> Tensor:
-    """Convolution of x [B, T, G C] over T with the packed weight and bias [G C], the length kept; all of one dtype."""
+def convolved(
+    x: Float[Tensor, "b n w"], matrices: Float[Tensor, "taps c w"], bias: Float[Tensor, " w"]
+) -> Float[Tensor, "b n w"]:
+    """Convolution of x over time with the packed weight and the bias, the length kept; all of one dtype."""
     x = x.contiguous()
     batch, frames, width = x.shape
     taps, channels, _ = matrices.shape
@@ -73,8 +79,10 @@ def convolved(x: Tensor, matrices: Tensor, bias: Tensor) -> Tensor:
 @torch.library.custom_op(
     "rlhf_mel::grouped_convolution", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor bias) -> Tensor"
 )
-def grouped_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The same with the convolution's own weight [G C, C, taps], and with gradients."""
+def grouped_convolution(
+    x: Float[Tensor, "b n w"], weight: Float[Tensor, "w c taps"], bias: Float[Tensor, " w"]
+) -> Float[Tensor, "b n w"]:
+    """The same with the convolution's own weight, and with gradients."""
     return convolved(x, packed(weight), bias)
 
 
@@ -98,11 +106,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
         by_group = weight.unflatten(0, (-1, channels)).permute(3, 1, 0, 2).flip(0)
         grad_x = convolved(grad, by_group.flatten(2).contiguous(), grad.new_zeros(grad.shape[2]))
     if needs_weight:
-        image, heard = (value.transpose(1, 2).unsqueeze(2) for value in (grad, x))  # channels last, as they lie
+        grad_image, x_image = (value.transpose(1, 2).unsqueeze(2) for value in (grad, x))  # channels last, as they lie
         weight = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
-        _, found, _ = torch.ops.aten.convolution_backward(
-            image,
-            heard,
+        _, weight_image, _ = torch.ops.aten.convolution_backward(
+            grad_image,
+            x_image,
             weight,
             None,
             [1, 1],
@@ -113,7 +121,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
             weight.shape[0] // channels,
             [False, True, False],
         )
-        grad_weight = found.squeeze(2)
+        grad_weight = weight_image.squeeze(2)
     if needs_bias:
         grad_bias = grad.sum((0, 1), dtype=torch.float32).to(grad.dtype)
     return grad_x, grad_weight, grad_bias
@@ -143,7 +151,7 @@ def _norm_gradient(
         at = (item.to(tl.int64) * rows + row)[:, None] * D + column[None, :]
         value = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
         given = tl.load(of_out + at, mask=here, other=0.0).to(tl.float32)
-        found = tl.load(passed + at, mask=here, other=0.0).to(tl.float32)
+        gradient = tl.load(passed + at, mask=here, other=0.0).to(tl.float32)
         centered = tl.where(here, value - tl.sum(value, axis=1)[:, None] / D, 0.0)
         rate = tl.rsqrt(tl.sum(centered * centered, axis=1)[:, None] / D + eps)
         normal = centered * rate
@@ -151,8 +159,8 @@ def _norm_gradient(
         of_shift += tl.sum(given, axis=0)
         inner = given * factor
         along = tl.sum(inner * normal, axis=1)[:, None] / D
-        found += rate * (inner - tl.sum(inner, axis=1)[:, None] / D - normal * along)
-        tl.store(of_x + at, found.to(of_x.dtype.element_ty), mask=here)
+        gradient += rate * (inner - tl.sum(inner, axis=1)[:, None] / D - normal * along)
+        tl.store(of_x + at, gradient.to(of_x.dtype.element_ty), mask=here)
     part = parts + (item * tl.num_programs(0) + tl.program_id(0)) * 2 * D + column
     tl.store(part, of_scale, mask=known)
     tl.store(part + D, of_shift, mask=known)
@@ -176,11 +184,11 @@ def _gate_gradient(
         at = first[:, None] * D + column[None, :]
         given = tl.load(grad + at, mask=here, other=0.0).to(tl.float32)
         of_gate += tl.sum(given * tl.load(branch + at, mask=here, other=0.0).to(tl.float32), axis=0)
-        found = given * opened
-        tl.store(of_branch + at, found.to(of_branch.dtype.element_ty), mask=here)
+        gradient = given * opened
+        tl.store(of_branch + at, gradient.to(of_branch.dtype.element_ty), mask=here)
         if MASKED:
-            found = found * tl.load(kept + first, mask=row < rows, other=0).to(tl.float32)[:, None]
-        of_bias += tl.sum(found, axis=0)
+            gradient = gradient * tl.load(kept + first, mask=row < rows, other=0).to(tl.float32)[:, None]
+        of_bias += tl.sum(gradient, axis=0)
     part = parts + (item * tl.num_programs(0) + tl.program_id(0)) * 2 * D + column
     tl.store(part, of_gate, mask=known)
     tl.store(part + D, of_bias, mask=known)
@@ -192,8 +200,8 @@ def _sum_of_parts(parts, total, count, width, COUNT: tl.constexpr, BLOCK: tl.con
     part, column = tl.arange(0, COUNT), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     item = tl.program_id(1)
     inside = (part < count)[:, None] & (column < width)[None, :]
-    found = tl.load(parts + (item * count + part)[:, None] * width + column[None, :], mask=inside, other=0.0)
-    tl.store(total + item * width + column, tl.sum(found, axis=0), mask=column < width)
+    values = tl.load(parts + (item * count + part)[:, None] * width + column[None, :], mask=inside, other=0.0)
+    tl.store(total + item * width + column, tl.sum(values, axis=0), mask=column < width)
 
 
 @triton.jit
@@ -211,9 +219,9 @@ def _gelu_gradient(x, grad, of_x, out, parts, rows, D: tl.constexpr, WIDTH: tl.c
         square = value * value  # gelu(x) = x s(x), s = sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
         share = tl.sigmoid(1.5957691216057308 * value * (1 + 0.044715 * square))
         slope = 1.5957691216057308 * (1 + 0.134145 * square)
-        found = given * share * (1 + value * (1 - share) * slope)
-        of_bias += tl.sum(found, axis=0)
-        tl.store(of_x + at, found.to(of_x.dtype.element_ty), mask=here)
+        gradient = given * share * (1 + value * (1 - share) * slope)
+        of_bias += tl.sum(gradient, axis=0)
+        tl.store(of_x + at, gradient.to(of_x.dtype.element_ty), mask=here)
         tl.store(out + at, (value * share).to(out.dtype.element_ty), mask=here)
     tl.store(parts + tl.program_id(0) * D + column, of_bias, mask=known)
 
@@ -231,10 +239,17 @@ def _summed(x: Tensor, items: int, count: int, run: Callable[[tuple[int, int], T
     return total
 
 
-def norm_gradient(x: Tensor, scale: Tensor, passed: Tensor, of_out: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`passed` plus the gradient of LN(x) (1 + scale) + shift at x [B, T, D]; those of scale, shift [items, 2, D].
+def norm_gradient(
+    x: Float[Tensor, "b n d"],
+    scale: Float[Tensor, "items 1 d"],
+    passed: Float[Tensor, "b n d"],
+    of_out: Float[Tensor, "b n d"],
+    eps: float,
+) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "items 2 d"]]:
+    """`passed` plus the gradient of LN(x) (1 + scale) + shift at x; then those of scale and of shift, float32.
 
-    scale [items, 1, D], of every item or, being one, of all.
+    of_out: gradient of the result.
+    scale: of every item or, being one, of all.
     """
     x, passed, of_out = x.contiguous(), passed.contiguous(), of_out.contiguous()
     of_x = torch.empty_like(x)
@@ -248,10 +263,16 @@ def norm_gradient(x: Tensor, scale: Tensor, passed: Tensor, of_out: Tensor, eps:
     return of_x, _summed(x, len(scale), 2, run)
 
 
-def gate_gradient(branch: Tensor, gate: Tensor, grad: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradient of gate * branch for branch [B, T, D]; [items, 2, D]: that for gate, and the first's sum over frames.
+def gate_gradient(
+    branch: Float[Tensor, "b n d"],
+    gate: Float[Tensor, "items 1 d"],
+    grad: Float[Tensor, "b n d"],
+    mask: Bool[Tensor, "b n"] | None,
+) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "items 2 d"]]:
+    """Gradient of gate * branch with respect to branch; then that of gate and the first's sum over frames, float32.
 
-    gate [items, 1, D], of every item or, being one, of all; mask [B, T]: frames that the last sum counts.
+    gate: of every item or, being one, of all.
+    mask: frames that the last sum counts.
     """
     branch, grad = branch.contiguous(), grad.contiguous()
     of_branch = torch.empty_like(branch)
@@ -267,8 +288,10 @@ def gate_gradient(branch: Tensor, gate: Tensor, grad: Tensor, mask: Tensor | Non
     return of_branch, _summed(branch, len(gate), 2, run)
 
 
-def gelu_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of gelu(x), tanh form, [B, T, D], what gelu(x) is, and the first's sum over frames, float32 [D]."""
+def gelu_gradient(
+    x: Float[Tensor, "b n d"], grad: Float[Tensor, "b n d"]
+) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n d"], Float[Tensor, " d"]]:
+    """Gradient of gelu(x), tanh form; gelu(x) itself; the first's sum over frames, float32."""
     x, grad = x.contiguous(), grad.contiguous()
     of_x, out = torch.empty_like(x), torch.empty_like(x)
 
@@ -298,8 +321,8 @@ def _turn(y, cos, sin, frames, turned, W: tl.constexpr, HALF: tl.constexpr, BLOC
     angles = (row % frames) * HALF
     for part in range(2):
         at = y + row.to(tl.int64) * 3 * W + part * W
-        offset, found = _turned(at, cos + angles, sin + angles, pair, known, turned, 1, HALF)
-        tl.store(at + offset, found.to(y.dtype.element_ty), mask=known[:, None])
+        offset, pairs = _turned(at, cos + angles, sin + angles, pair, known, turned, 1, HALF)
+        tl.store(at + offset, pairs.to(y.dtype.element_ty), mask=known[:, None])
 
 
 @triton.jit
@@ -311,22 +334,29 @@ def _turn_back(
     known = pair < W // 2
     angles = (row % frames) * HALF
     source, target = row.to(tl.int64) * W, out + row.to(tl.int64) * 3 * W
-    offset, found = _turned(query + source, cos + angles, sin + angles, pair, known, turned, -1, HALF)
-    tl.store(target + offset, found.to(out.dtype.element_ty), mask=known[:, None])
-    offset, found = _turned(key + source, cos + angles, sin + angles, pair, known, turned, -1, HALF)
-    tl.store(target + W + offset, found.to(out.dtype.element_ty), mask=known[:, None])
+    offset, pairs = _turned(query + source, cos + angles, sin + angles, pair, known, turned, -1, HALF)
+    tl.store(target + offset, pairs.to(out.dtype.element_ty), mask=known[:, None])
+    offset, pairs = _turned(key + source, cos + angles, sin + angles, pair, known, turned, -1, HALF)
+    tl.store(target + W + offset, pairs.to(out.dtype.element_ty), mask=known[:, None])
     tl.store(target + 2 * W + offset, tl.load(value + source + offset, mask=known[:, None]), mask=known[:, None])
 
 
-def turn_(y: Tensor, cos: Tensor, sin: Tensor, turned: int) -> None:
-    """Rotate pairs of queries and keys in y [B, T, 3 W], in each the first `turned`, by angles [T, dim_head / 2]."""
+def turn_(y: Float[Tensor, "b n w3"], cos: Float[Tensor, "n c"], sin: Float[Tensor, "n c"], turned: int) -> None:
+    """Rotate, in place, pairs of queries and keys in y, in each the first `turned`, by the angles of each frame."""
     batch, frames, width = y.shape[0], y.shape[1], y.shape[2] // 3
     block = triton.next_power_of_2(width // 2)
     _turn[(batch * frames,)](y, cos, sin, frames, turned, width, cos.shape[1], block, num_warps=4)
 
 
-def turned_back(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
-    """[B, T, 3 W] of gradients [B, T, W]: that of y before `turn_`."""
+def turned_back(
+    query: Float[Tensor, "b n w"],
+    key: Float[Tensor, "b n w"],
+    value: Float[Tensor, "b n w"],
+    cos: Float[Tensor, "n c"],
+    sin: Float[Tensor, "n c"],
+    turned: int,
+) -> Float[Tensor, "b n 3*w"]:
+    """The gradient of y before `turn_`, of gradients of its three parts after it."""
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     batch, frames, width = query.shape
     out = query.new_empty(batch, frames, 3 * width)

@@ -30,7 +30,9 @@ class Rope(NamedTuple):
     sin: Float[Tensor, "n c"]
 
 
-def rotary_frequencies(dim_head: int, theta: float = 10_000.0, device: torch.device | None = None) -> Float[Tensor, c]:
+def rotary_frequencies(
+    dim_head: int, theta: float = 10_000.0, device: torch.device | None = None
+) -> Float[Tensor, " c"]:
     """theta^(-2i / dim_head), float32 [dim_head / 2]."""
     return 1.0 / theta ** (torch.arange(0, dim_head, 2, device=device).float() / dim_head)
 
@@ -73,7 +75,7 @@ class TimestepEmbedding(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     @override
-    def forward(self, time: Float[Tensor, b], dtype: torch.dtype | None = None) -> Float[Tensor, "b d"]:
+    def forward(self, time: Float[Tensor, " b"], dtype: torch.dtype | None = None) -> Float[Tensor, "b d"]:
         half = self.frequencies // 2
         exponents = torch.arange(half, device=time.device).float() * -(math.log(10_000) / (half - 1))
         # 1000 t in half precision would be wrong by up to half a radian

@@ -21,7 +21,7 @@ def mel_spec_from_f5(kwargs: Mapping[str, Any]) -> MelSpec:
 
 
 def fit_durations(
-    duration: int | Int[Tensor, ...], ids: Int[Tensor, "b t"], lens: Int[Tensor, b], max_duration: int
+    duration: int | Int[Tensor, " ..."], ids: Int[Tensor, "b t"], lens: Int[Tensor, " b"], max_duration: int
 ) -> list[int]:
     """Total frames of each item: `duration`, at least one more than its reference `lens` or its text have."""
     wanted = torch.as_tensor(duration, device=ids.device).expand(len(ids))
@@ -30,7 +30,7 @@ def fit_durations(
     return fitted
 
 
-def kept_frames(lens: Int[Tensor, b], edit_mask: Tensor | None, frames: int) -> Bool[Tensor, "b n"]:
+def kept_frames(lens: Int[Tensor, " b"], edit_mask: Tensor | None, frames: int) -> Bool[Tensor, "b n"]:
     """Frames taken from the reference, of which bool `edit_mask` [b, up to n] may take some away (False).
 
     Raises:
@@ -48,7 +48,7 @@ def kept_frames(lens: Int[Tensor, b], edit_mask: Tensor | None, frames: int) -> 
 
 
 def spans(
-    lens: Int[Tensor, b], fractions: Float[Tensor, b], places: Float[Tensor, b], frames: int
+    lens: Int[Tensor, " b"], fractions: Float[Tensor, " b"], places: Float[Tensor, " b"], frames: int
 ) -> Bool[Tensor, "b n"]:
     """A span of `fractions` of each length, begun at `places` in [0, 1) of the room."""
     spans = (fractions * lens).long()
@@ -57,7 +57,7 @@ def spans(
     return (position >= first) & (position < first + spans.unsqueeze(1))
 
 
-def uniform(batch: int, generator: torch.Generator | None, device: torch.device) -> Float[Tensor, b]:
+def uniform(batch: int, generator: torch.Generator | None, device: torch.device) -> Float[Tensor, " b"]:
     """Uniform numbers in [0, 1), drawn on the generator's own device."""
     drawn_on = device if generator is None else generator.device
     return torch.rand(batch, generator=generator, device=drawn_on).to(device)

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlhf_mel.lookup import did_you_mean, load_object
 from rlhf_mel.speech.audio import MelSpec, frames_to_samples
 from rlhf_mel.storage import ASSETS, download
 
@@ -31,8 +33,10 @@ class Vocoder(Protocol):
     differentiable: bool
     """Whether the waveform has a gradient with respect to the mel."""
 
-    def __call__(self, mel: Tensor, lengths_frames: Tensor | None = None) -> Tensor:
-        """Waveform [B, samples] of mel [B, T, M]; each item is what it would be alone, then zero.
+    def __call__(
+        self, mel: Float[Tensor, "b n m"], lengths_frames: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b s"]:
+        """Waveform of mel; each item is what it would be alone, then zero.
 
         Item b has exactly `frames_to_samples(lengths_frames[b])` samples: (frames - 1) * hop.
         """
@@ -47,7 +51,8 @@ def load_vocoder(name: str | Path, *, device: torch.device | str | None = None) 
     "nvidia/bigvgan_v2_24khz_100band_256x"), or your class ("my_package.my_module:MyVocoder").
     """
     vocoder = _find(name)
-    return vocoder.to(device) if device is not None else vocoder
+    placed: Vocoder = vocoder.to(device) if device is not None else vocoder
+    return placed
 
 
 def _find(name: str | Path) -> Any:
@@ -56,8 +61,7 @@ def _find(name: str | Path) -> Any:
         return _module(_kind_of_folder(folder)).load(folder)
     name = str(name)
     if ":" in name:
-        module_name, class_name = name.split(":", 1)
-        return getattr(importlib.import_module(module_name), class_name)()
+        return load_object(name, "vocoder")()
     if name.count("/") == 1 and not name.startswith("."):
         return _module(_kind_of_hub_id(name)).load(name)
     return _module(name).load(None)
@@ -68,7 +72,7 @@ def _module(name: str) -> Any:
     if name not in known:
         raise ValueError(
             f"unknown vocoder {name!r}: expected 'tiny', one of {known}, a folder with vocoder.json, "
-            "a hub id 'owner/name' or 'package.module:Class'"
+            f"a hub id 'owner/name' or 'package.module:Class'{did_you_mean(name, known)}"
         )
     return importlib.import_module(f"{__name__}.{name}")
 
@@ -76,7 +80,8 @@ def _module(name: str) -> Any:
 def _kind_of_folder(folder: Path) -> str:
     """Which module reads a folder: ours says so, others are known by their config."""
     if (folder / "vocoder.json").is_file():
-        return json.loads((folder / "vocoder.json").read_text())["vocoder"]
+        kind: str = json.loads((folder / "vocoder.json").read_text())["vocoder"]
+        return kind
     if (folder / "config.yaml").is_file():
         return "vocos"
     if (folder / "config.json").is_file():
@@ -99,17 +104,22 @@ def _kind_of_config(config: Mapping[str, Any]) -> str:
     return "bigvgan" if str(config.get("activation", "")).startswith("snake") else "hifigan"
 
 
-def by_length(mel: Tensor, lengths_frames: Tensor | None, mel_spec: MelSpec, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """Waveform [B, samples] of mel [B, T, M] by a network whose convolutions would see padding: each length alone.
+def by_length(
+    mel: Float[Tensor, "b n m"],
+    lengths_frames: Int[Tensor, " b"] | None,
+    mel_spec: MelSpec,
+    run: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "b s"]:
+    """Waveform of mel by a network whose convolutions would see padding: each length alone.
 
-    run: waveform [b, frames_to_samples(t)] of mel [b, t, M].
+    run: waveform of mels of one length, frames_to_samples of it.
     """
     frames = mel.shape[1]
     lengths = [frames] * len(mel) if lengths_frames is None else lengths_frames.tolist()
     width = frames_to_samples(frames, mel_spec)
     rows: dict[int, Tensor] = {}
     for length in sorted(set(lengths)):
-        same = [row for row, own in enumerate(lengths) if own == length]
+        same = [row for row, frames_of_row in enumerate(lengths) if frames_of_row == length]
         if length:
             waveform = run(mel[same, :length])
             waveform = torch.nn.functional.pad(waveform, (0, width - waveform.shape[1]))

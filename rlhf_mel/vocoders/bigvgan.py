@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from typing_extensions import override
 
 from rlhf_mel.speech.audio import MelSpec
 from rlhf_mel.storage import download
@@ -34,14 +36,18 @@ class BigVGANVocoder(nn.Module):
         self.sample_rate_hz = self.mel_spec.sample_rate_hz
         self.eval().requires_grad_(False)
 
-    def forward(self, mel: Tensor, lengths_frames: Tensor | None = None) -> Tensor:
-        """Waveform [B, T * hop] of log mel [B, T, M]; differentiable; see `Vocoder`."""
+    @override
+    def forward(
+        self, mel: Float[Tensor, "b n m"], lengths_frames: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b s"]:
+        """Waveform of log mel, s = n hop; differentiable; see `Vocoder`."""
         with torch.autocast(mel.device.type, enabled=False):
             mel = mel.to(next(self.parameters()).dtype)
             return by_length(mel, lengths_frames, self.mel_spec, self._vocode)
 
     def _vocode(self, mel: Tensor) -> Tensor:
-        return self.generator(mel.transpose(1, 2))[:, 0]
+        waveform: Tensor = self.generator(mel.transpose(1, 2))
+        return waveform[:, 0]
 
 
 def mel_spec_of(config: Any) -> MelSpec:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 import torchaudio
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from typing_extensions import override
 
 from rlhf_mel.speech.audio import MelSpec, frames_to_samples, mel_filters
 
@@ -40,9 +42,12 @@ class GriffinLim(nn.Module):
         filters = mel_filters(self.mel_spec, dtype=torch.float64)
         self.register_buffer("pseudo_inverse", torch.linalg.pinv(filters).float(), persistent=False)
 
+    @override
     @torch.no_grad()
-    def forward(self, mel: Tensor, lengths_frames: Tensor | None = None) -> Tensor:
-        """Waveform [B, frames_to_samples(T)] of log mel [B, T, M], detached; see `Vocoder`."""
+    def forward(
+        self, mel: Float[Tensor, "b n m"], lengths_frames: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b s"]:
+        """Waveform of log mel, s = frames_to_samples(n), detached; see `Vocoder`."""
         lengths = [mel.shape[1]] * len(mel) if lengths_frames is None else lengths_frames.tolist()
         waveform = self.pseudo_inverse.new_zeros(len(mel), frames_to_samples(mel.shape[1], self.mel_spec))
         for row, (item, frames) in enumerate(zip(mel, lengths, strict=True)):

@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from typing_extensions import override
 from vocos.heads import ISTFTHead
 from vocos.models import VocosBackbone
 
@@ -62,8 +64,11 @@ class VocosVocoder(nn.Module):
         head = ISTFTHead(dim=dim, n_fft=mel_spec.n_fft, hop_length=mel_spec.hop_length, padding="center")
         return cls(backbone, head, mel_spec).train().requires_grad_(True)
 
-    def forward(self, mel: Tensor, lengths_frames: Tensor | None = None) -> Tensor:
-        """Waveform [B, frames_to_samples(T)] of log mel [B, T, M]; differentiable; see `Vocoder`."""
+    @override
+    def forward(
+        self, mel: Float[Tensor, "b n m"], lengths_frames: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b s"]:
+        """Waveform of log mel, s = frames_to_samples(n); differentiable; see `Vocoder`."""
         batch, frames, _ = mel.shape
         if lengths_frames is None:
             lengths_frames = torch.full((batch,), frames, device=mel.device)
@@ -79,7 +84,8 @@ class VocosVocoder(nn.Module):
         hidden = net.norm(net.embed(mel.masked_fill(padded, 0.0)).transpose(1, 2)).transpose(1, 2)
         for block in net.convnext:
             hidden = block(hidden.masked_fill(padded, 0.0))
-        return net.final_layer_norm(hidden.transpose(1, 2))
+        normed: Tensor = net.final_layer_norm(hidden.transpose(1, 2))
+        return normed
 
     def _spectrum(self, hidden: Tensor, padded: Tensor) -> Tensor:
         """Complex short-time spectrum [B, bins, T], zero in padded frames."""

@@ -1,0 +1,1 @@
+"""Backbones: one module each, found by its name; what they share begins with an underscore."""

@@ -97,9 +97,9 @@ class Backbone(nn.Module):
         self,
         text: Int[Tensor, "b t"],
         frames: int,
-        lengths_frames: Int[Tensor, b] | None = None,
+        lengths_frames: Int[Tensor, " b"] | None = None,
         *,
-        drop_text: bool | Bool[Tensor, b] = False,
+        drop_text: bool | Bool[Tensor, " b"] = False,
     ) -> Float[Tensor, "b positions d"]:
         """Token ids, padded with -1, to embeddings; once a solve, with its graph.
 
@@ -113,7 +113,7 @@ class Backbone(nn.Module):
         x: Float[Tensor, "b n m"],
         cond: Float[Tensor, "b n m"],
         text_embedding: Float[Tensor, "b positions d"],
-        time: Float[Tensor, ...],
+        time: Float[Tensor, " ..."],
         *,
         mask: Bool[Tensor, "b n"] | None = None,
         rope: Rope | None = None,
@@ -171,7 +171,7 @@ class Backbone(nn.Module):
 
 
 def embed_with_and_without(
-    backbone: Backbone, text: Int[Tensor, "b t"], frames: int, lengths_frames: Int[Tensor, b] | None
+    backbone: Backbone, text: Int[Tensor, "b t"], frames: int, lengths_frames: Int[Tensor, " b"] | None
 ) -> Float[Tensor, "2*b positions d"]:
     """Embeddings of the items, then of the same without text, as classifier-free guidance needs them."""
     twice = None if lengths_frames is None else lengths_frames.repeat(2)

@@ -59,8 +59,8 @@ class TextEmbedding(nn.Module):
         self,
         text: Int[Tensor, "b t"],
         frames: int,
-        lengths_frames: Int[Tensor, b] | None = None,
-        drop_text: bool | Bool[Tensor, b] = False,
+        lengths_frames: Int[Tensor, " b"] | None = None,
+        drop_text: bool | Bool[Tensor, " b"] = False,
     ) -> Float[Tensor, "b n d"]:
         """Arguments of `Backbone.embed_text`."""
         tokens = _lay_over_frames(text, frames)
@@ -86,7 +86,7 @@ class TextEmbedding(nn.Module):
         return embedded
 
 
-def drop_tokens(tokens: Int[Tensor, "b t"], drop: bool | Bool[Tensor, b]) -> Int[Tensor, "b t"]:
+def drop_tokens(tokens: Int[Tensor, "b t"], drop: bool | Bool[Tensor, " b"]) -> Int[Tensor, "b t"]:
     """`tokens`, all FILLER where `drop`, for the batch or item by item, says so."""
     if isinstance(drop, Tensor):
         return tokens.masked_fill(drop.unsqueeze(1), FILLER)
@@ -100,7 +100,7 @@ def _lay_over_frames(text: Tensor, frames: int) -> Tensor:
 
 
 def upsample_evenly(
-    embedded: Float[Tensor, "b n d"], text_lengths: Int[Tensor, b], lengths_frames: Int[Tensor, b] | None
+    embedded: Float[Tensor, "b n d"], text_lengths: Int[Tensor, " b"], lengths_frames: Int[Tensor, " b"] | None
 ) -> Float[Tensor, "b n d"]:
     """Spread the first `text_lengths` rows of each item evenly over its `lengths_frames`; frames beyond are zero.
 

@@ -46,7 +46,7 @@ class TokenEmbedding(nn.Module):
         self.text_embed = nn.Embedding(text_num_embeds + 1, dim)
 
     @override
-    def forward(self, text: Int[Tensor, "b t"], drop_text: bool | Bool[Tensor, b] = False) -> Float[Tensor, "b t d"]:
+    def forward(self, text: Int[Tensor, "b t"], drop_text: bool | Bool[Tensor, " b"] = False) -> Float[Tensor, "b t d"]:
         embedded = self.text_embed(drop_tokens(text + 1, drop_text))
         embedded = embedded + position_table(text.shape[1], embedded.shape[2], text.device).to(embedded.dtype)
         return zero_padding(embedded, text != -1 if self.mask_padding else None)

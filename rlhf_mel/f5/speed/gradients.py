@@ -8,7 +8,7 @@ What is captured is the velocity of a `StandIn`: a copy of the backbone whose we
 what autocast would make of them in every layer, and whose layers add the gradients of their weights to sums in float32
 (weight_gradients.py). The sums are for all velocities of a solve, and reach autograd once.
 
-All compute what `differentiate` does, to rounding (tests/test_fast.py).
+All compute what `differentiate` does, to rounding (tests/f5/speed).
 """
 
 from __future__ import annotations
@@ -54,21 +54,25 @@ class KeptGraphs:
 
     @property
     def pool(self) -> Any:
+        """Handle of the memory that the graphs share."""
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         return self._pool
 
     def get(self, key: Any) -> Any:
+        """The graph of `key`, now the last used; None without one."""
         if key in self._graphs:
             self._graphs.move_to_end(key)
         return self._graphs.get(key)
 
     def keep(self, key: Any, graph: Any) -> Any:
+        """Keep `graph`, which says its `bytes`, and drop others until it fits. Returns it."""
         while self._graphs and sum(kept.bytes for kept in self._graphs.values()) + graph.bytes > GRAPHS_BYTES:
             self._graphs.popitem(last=False)
         self._graphs[key] = graph
         return graph
 
     def drop(self, outdated: Callable[[Any], bool]) -> None:
+        """Drop the graphs whose keys are outdated."""
         for key in [key for key in self._graphs if outdated(key)]:
             del self._graphs[key]
 
@@ -125,9 +129,9 @@ class GradientGraphs:
             if self._uses[key] > PATIENCE:
                 del self._uses[key]
                 gradient = self._graphs.keep(key, _GradientGraph(gradient, leaves, cotangent, self._graphs.pool))
-        found = gradient(leaves, cotangent)
+        gradients: Sequence[Tensor | None] = gradient(leaves, cotangent)
         self._touched |= stand_in.touched
-        return found if asked else found[1:]
+        return gradients if asked else gradients[1:]
 
     def _follow(self, backbone: nn.Module, weights: Weights) -> None:
         """Drop all if the weights are no longer where the graphs read them."""
@@ -228,7 +232,9 @@ class StandIn:
                 SummingFeedForward.change(layer)
             elif type(original) is DiTBlock:
                 SummingBlock.change(layer)
-        self._copies = [(own.detach(), weight.detach()) for own, weight in pairs if own.data_ptr() != weight.data_ptr()]
+        self._copies = [
+            (copied.detach(), weight.detach()) for copied, weight in pairs if copied.data_ptr() != weight.data_ptr()
+        ]
 
     def _sum_up(self, layer: Any, original: nn.Module, sums: Sums) -> None:
         """Gradients of the layer's own weights go to their sums."""
@@ -254,7 +260,7 @@ class StandIn:
     def follow(self) -> None:
         """Cast the backbone's weights anew."""
         if self._copies:
-            torch._foreach_copy_([own for own, _ in self._copies], [weight for _, weight in self._copies])
+            torch._foreach_copy_([copied for copied, _ in self._copies], [weight for _, weight in self._copies])
 
     def differentiate(self, run: Rerun, leaves: Sequence[Any], cotangent: Tensor) -> Sequence[Tensor | None]:
         """Gradients of <run(leaves), cotangent> for the leaves that have one; `run` computes with the stand-in."""
@@ -264,10 +270,10 @@ class StandIn:
         wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         torch.autograd.backward(v, cotangent, inputs=[*wanted, *self._leaves])
         self.touched.update(key for total in SUMMED for key in self._ids[total])
-        found = [leaf.grad for leaf in wanted]
+        gradients = [leaf.grad for leaf in wanted]
         for leaf in wanted:
             leaf.grad = None
-        return found
+        return gradients
 
 
 def _own_weights(layer: nn.Module) -> dict[str, Tensor]:
@@ -287,8 +293,8 @@ class _GradientGraph:
         self._cotangent = cotangent.clone()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self._found = gradient(self._leaves, self._cotangent)
-        held = [*self._leaves, self._cotangent, *self._found]
+            self._gradients = gradient(self._leaves, self._cotangent)
+        held = [*self._leaves, self._cotangent, *self._gradients]
         self.bytes = sum(value.nbytes for value in held if isinstance(value, Tensor))
 
     def __call__(self, leaves: Sequence[Any], cotangent: Tensor) -> Sequence[Tensor | None]:
@@ -297,4 +303,4 @@ class _GradientGraph:
                 if isinstance(static, Tensor):
                     static.copy_(value)
         self._graph.replay()
-        return [None if value is None else value.clone() for value in self._found]
+        return [None if value is None else value.clone() for value in self._gradients]

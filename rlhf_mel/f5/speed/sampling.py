@@ -9,7 +9,7 @@ autocast would cast them to, cast once a solve and not once a step, with LoRA me
 exchanges the policy's own. A shape is captured as a CUDA graph when it first comes, which costs about three velocities;
 the rest of the solve waits for no launch. Nothing is padded: each shape has its own graph.
 
-All compute what the plain backbone computes, to rounding (tests/test_fast.py).
+All compute what the plain backbone computes, to rounding (tests/f5/speed).
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from typing_extensions import override
 
 from rlhf_mel.f5.layers import ConvPositionEmbedding, FeedForward, Rope, SelfAttention
 from rlhf_mel.f5.speed.gradients import GradientGraphs, KeptGraphs
@@ -79,9 +81,16 @@ class FastVelocity:
         return self._gradients is not None
 
     def __call__(
-        self, backbone: nn.Module, x: Tensor, known: Tensor, text: Tensor, t: Tensor, mask: Tensor | None, rope: Rope
-    ) -> Tensor:
-        """Velocity [B, T, M] in the twin's dtype; arguments as of the backbone's own `velocity`."""
+        self,
+        backbone: nn.Module,
+        x: Float[Tensor, "b n m"],
+        known: Float[Tensor, "b n m"],
+        text: Float[Tensor, "b _ d"],
+        t: Float[Tensor, " ..."],
+        mask: Bool[Tensor, "b n"] | None,
+        rope: Rope,
+    ) -> Float[Tensor, "b n m"]:
+        """Velocity in the twin's dtype; arguments as of the backbone's own `velocity`."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         inputs = (x.to(dtype), known.to(dtype), text.to(dtype), t, mask, rope)
@@ -118,7 +127,11 @@ class FastVelocity:
 
     def _graph(self, twin: Twin, inputs: Inputs) -> _Graph:
         key = (twin, *(None if value is None else value.shape for value in tree_leaves(inputs)))
-        return self._graphs.get(key) or self._graphs.keep(key, _Graph(twin.velocity, inputs, self._graphs.pool))
+        graph: _Graph | None = self._graphs.get(key)
+        if graph is None:
+            graph = _Graph(twin.velocity, inputs, self._graphs.pool)
+            self._graphs.keep(key, graph)
+        return graph
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FastVelocity:
         """For the copy of a policy: the same options; its twins and graphs are made when they are needed."""
@@ -169,9 +182,11 @@ class Twin:
             return self._backbone is backbone
         return self._backbone is backbone and self._structure == _structure(backbone)
 
-    def velocity(self, inputs: Inputs) -> Tensor:
+    def velocity(self, inputs: Inputs) -> Float[Tensor, "b n m"]:
+        """The backbone's velocity by these weights."""
         *values, mask, rope = inputs
-        return self._twin.velocity(*values, mask=mask, rope=rope)
+        velocity: Tensor = self._twin.velocity(*values, mask=mask, rope=rope)
+        return velocity
 
     def follow(self, text: Tensor) -> None:
         """Copy the original's weights, in the first velocity of a solve, and where they are exchanged between two.
@@ -198,17 +213,19 @@ def _structure(backbone: nn.Module) -> Any:
     return [(id(weight), weight.device) for weight in weights_of(backbone)]
 
 
-def merged_weight(layer: Any) -> Tensor:
+def merged_weight(layer: Any) -> Float[Tensor, "o i"]:
     """The weight of a peft layer with its active adapters merged into it, if they are enabled."""
-    weight = layer.get_base_layer().weight
+    weight: Tensor = layer.get_base_layer().weight
     if layer.disable_adapters or layer.merged:
         return weight
     adapters = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     if any(adapter in layer.lora_variant for adapter in adapters):  # DoRA and its like: more than a sum
         merged = copy.deepcopy(layer)
         merged.merge()
-        return merged.get_base_layer().weight
-    return sum((layer.get_delta_weight(adapter) for adapter in adapters), start=weight)
+        merged_with_variant: Tensor = merged.get_base_layer().weight
+        return merged_with_variant
+    deltas: Iterator[Tensor] = (layer.get_delta_weight(adapter) for adapter in adapters)
+    return sum(deltas, start=weight)
 
 
 class _FusedProjections(SelfAttention):
@@ -222,6 +239,7 @@ class _FusedProjections(SelfAttention):
         join_projections(module)
         module.__class__ = _FusedProjections
 
+    @override
     def project(self, x: Tensor) -> Sequence[Tensor]:
         return F.linear(x, self.weight, self.bias).chunk(3, dim=-1)
 
@@ -233,10 +251,12 @@ class _FusedGELU(FeedForward):
     def change(module: FeedForward) -> None:
         module.__class__ = _FusedGELU
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         layers: Any = self.ff
         (linear, _), _, project_out = layers
-        return project_out(linear_gelu(x, linear.weight, linear.bias))
+        out: Tensor = project_out(linear_gelu(x, linear.weight, linear.bias))
+        return out
 
 
 class _PackedConvolutions(ConvPositionEmbedding):
@@ -261,6 +281,7 @@ class _PackedConvolutions(ConvPositionEmbedding):
             buffer: Any = convolution.packed
             buffer.copy_(convolution.weight.permute(2, 1, 0))
 
+    @override
     def convolve(self, convolution: Any, x: Tensor) -> Tensor:
         from rlhf_mel.f5 import kernels
 
@@ -299,7 +320,7 @@ class _Graph:
 
     def __init__(self, function: Callable[[Inputs], Tensor], inputs: Inputs, pool: Any) -> None:
         self._inputs: Any = tree_map(lambda value: None if value is None else value.clone(), inputs)
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # PyTorch's constructor has no types
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles, and lets cuBLAS and cuDNN allocate what they keep
             function(self._inputs)

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
+from typing_extensions import override
 
 from rlhf_mel.f5.backbones.dit import DiTBlock
 from rlhf_mel.f5.layers import FeedForward, Rope, SelfAttention, apply_rope, split_heads, zero_padding
@@ -40,8 +42,10 @@ def _kernels() -> Any:
     mutates_args=("total",),
     schema="(Tensor(a!) total, Tensor grad, Tensor x) -> ()",
 )
-def add_weight_gradient_(total: Tensor, grad: Tensor, x: Tensor) -> None:
-    """total [O, I] += sum over all rows of grad [..., O]^T x [..., I], in the dtype of `total`."""
+def add_weight_gradient_(
+    total: Float[Tensor, "o i"], grad: Float[Tensor, "*rows o"], x: Float[Tensor, "*rows i"]
+) -> None:
+    """total += sum over all rows of grad^T x, in the dtype of `total`."""
     SUMMED.add(total.data_ptr())
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     if grad.dtype == total.dtype:
@@ -81,18 +85,22 @@ def _add_gradients(grad: Tensor, x: Tensor, of_weight: Tensor, of_bias: Tensor |
 
 
 class SummingLinear(nn.Linear):
+    """A linear layer that adds the gradients of its weight and bias to `of_weight` and `of_bias`."""
+
     of_weight: Tensor
     of_bias: Tensor | None
 
     @staticmethod
     def change(layer: Any, of_weight: Tensor, of_bias: Tensor | None) -> None:
+        """Make a plain nn.Linear one of these."""
         layer.of_weight, layer.of_bias = of_weight, of_bias
         layer.__class__ = SummingLinear
 
-    def forward(self, x: Tensor) -> Tensor:
+    @override
+    def forward(self, x: Float[Tensor, "*rows i"]) -> Float[Tensor, "*rows o"]:
         x = x.to(self.weight.dtype)
-        summed: Any = _SummedLinear.apply(x, self.weight, self.bias, self.of_weight, self.of_bias)
-        return summed
+        out: Tensor = _SummedLinear.apply(x, self.weight, self.bias, self.of_weight, self.of_bias)
+        return out
 
 
 @torch.library.custom_op(
@@ -122,7 +130,8 @@ def _(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 def turned_back(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, turned: int) -> Tensor:
     """Gradient [B, T, 3 W] of the product in `turned_projections`, of those of its parts [B, T, W]."""
     if query.is_cuda:
-        return _kernels().turned_back(query, key, value, cos, sin, turned)
+        joined: Tensor = _kernels().turned_back(query, key, value, cos, sin, turned)
+        return joined
     return torch.cat([*_turned([query, key], Rope(cos, -sin), turned), value], dim=-1)
 
 
@@ -166,6 +175,8 @@ class _TurnedProjections(torch.autograd.Function):
 
 
 class SummingAttention(SelfAttention):
+    """Attention with one product for queries, keys and values, whose weights' gradients are added to sums."""
+
     weight: Tensor
     bias: Tensor
     of_weight: Tensor
@@ -173,13 +184,15 @@ class SummingAttention(SelfAttention):
 
     @staticmethod
     def change(module: Any, of_weight: Tensor, of_bias: Tensor) -> None:
+        """Make a SelfAttention one of these; the sums are those of the joined weight and bias."""
         join_projections(module)
         module.weight.requires_grad_()
         module.bias.requires_grad_()
         module.of_weight, module.of_bias = of_weight, of_bias
         module.__class__ = SummingAttention
 
-    def turned(self, x: Tensor, rope: Rope) -> Sequence[Tensor]:
+    @override
+    def turned(self, x: Float[Tensor, "b n d"], rope: Rope) -> Sequence[Float[Tensor, "b n h c"]]:
         weights = self.weight, self.bias, self.of_weight, self.of_bias
         pairs = (self.heads if self.pe_attn_head is None else self.pe_attn_head) * rope.cos.shape[1]
         parts: Any = _TurnedProjections.apply(x.to(self.weight.dtype), *weights, rope.cos, rope.sin, pairs)
@@ -192,10 +205,11 @@ class SummingAttention(SelfAttention):
 def gelu_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of gelu(x), tanh form, [B, T, D], what gelu(x) is, and the first's sum over frames, float32 [D]."""
     if x.is_cuda:
-        return _kernels().gelu_gradient(x, grad)
-    found = torch.ops.aten.gelu_backward(grad.float(), x.float(), approximate="tanh")
+        gradients: tuple[Tensor, Tensor, Tensor] = _kernels().gelu_gradient(x, grad)
+        return gradients
+    of_x = torch.ops.aten.gelu_backward(grad.float(), x.float(), approximate="tanh")
     value = F.gelu(x, approximate="tanh")
-    return found.to(x.dtype).contiguous(), value.contiguous(), found.flatten(0, -2).sum(0)
+    return of_x.to(x.dtype).contiguous(), value.contiguous(), of_x.flatten(0, -2).sum(0)
 
 
 @gelu_gradient.register_fake
@@ -228,6 +242,8 @@ class _SummedFeedForward(torch.autograd.Function):
 
 
 class SummingFeedForward(FeedForward):
+    """A feed-forward that keeps its input and the input of GELU alone for its gradient."""
+
     @staticmethod
     def change(module: Any) -> None:
         """If both layers are plain ones that sum."""
@@ -235,11 +251,12 @@ class SummingFeedForward(FeedForward):
         if type(first) is type(second) is SummingLinear:
             module.__class__ = SummingFeedForward
 
-    def forward(self, x: Tensor) -> Tensor:
+    @override
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         module: Any = self.ff
         layers = [(layer.weight, layer.bias, layer.of_weight, layer.of_bias) for layer in (module[0][0], module[2])]
-        summed: Any = _SummedFeedForward.apply(x.to(layers[0][0].dtype), *layers[0], *layers[1])
-        return summed
+        out: Tensor = _SummedFeedForward.apply(x.to(layers[0][0].dtype), *layers[0], *layers[1])
+        return out
 
 
 @torch.library.custom_op(
@@ -253,13 +270,14 @@ def norm_gradient(x: Tensor, scale: Tensor, passed: Tensor, of_out: Tensor, eps:
     scale [items, 1, D], of every item or, being one, of all.
     """
     if x.is_cuda:
-        return _kernels().norm_gradient(x, scale, passed, of_out, eps)
+        gradients: tuple[Tensor, Tensor] = _kernels().norm_gradient(x, scale, passed, of_out, eps)
+        return gradients
     value, given, shape = x.float(), of_out.float(), x.shape[-1:]
     normal, mean, rate = torch.native_layer_norm(value, shape, None, None, eps)
-    found, _, _ = torch.ops.aten.native_layer_norm_backward(
+    of_x, _, _ = torch.ops.aten.native_layer_norm_backward(
         given * (1 + scale.float()), value, shape, mean, rate, None, None, [True, False, False]
     )
-    return (passed + found).to(x.dtype).contiguous(), _over_rows(len(scale), given * normal, given)
+    return (passed + of_x).to(x.dtype).contiguous(), _over_rows(len(scale), given * normal, given)
 
 
 @norm_gradient.register_fake
@@ -278,10 +296,11 @@ def gate_gradient(branch: Tensor, gate: Tensor, grad: Tensor, mask: Tensor | Non
     gate [items, 1, D], of every item or, being one, of all; mask [B, T]: frames that the last sum counts.
     """
     if branch.is_cuda:
-        return _kernels().gate_gradient(branch, gate, grad, mask)
-    found = grad.float() * gate.float()
-    return found.to(branch.dtype).contiguous(), _over_rows(
-        len(gate), grad.float() * branch.float(), zero_padding(found, mask)
+        gradients: tuple[Tensor, Tensor] = _kernels().gate_gradient(branch, gate, grad, mask)
+        return gradients
+    of_branch = grad.float() * gate.float()
+    return of_branch.to(branch.dtype).contiguous(), _over_rows(
+        len(gate), grad.float() * branch.float(), zero_padding(of_branch, mask)
     )
 
 
@@ -341,6 +360,7 @@ class SummingBlock(DiTBlock):
 
     @staticmethod
     def change(block: Any) -> None:
+        """Make a DiTBlock one of these, after the layers in it that become summing ones."""
         outputs = block.attn.to_out[0], block.ff.ff[2]
         block.dtype = block.ff.ff[0][0].weight.dtype
         block.of_biases = [getattr(layer, "of_bias", None) for layer in outputs]
@@ -349,6 +369,7 @@ class SummingBlock(DiTBlock):
                 layer.of_bias = None
         block.__class__ = SummingBlock
 
+    @override
     def forward(self, x: Tensor, time_embedding: Tensor, mask: Tensor | None, rope: Rope) -> Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.attn_norm.modulation(time_embedding)
         of_attention, of_feed_forward = self.of_biases
@@ -365,8 +386,8 @@ def join_projections(module: Any) -> None:
     for name in ("weight", "bias"):
         parts = [getattr(projection, name) for projection in (module.to_q, module.to_k, module.to_v)]
         whole = side_by_side([part.detach() for part in parts])
-        for part, own in zip(parts, whole.chunk(3), strict=True):
-            part.data = own
+        for part, rows in zip(parts, whole.chunk(3), strict=True):
+            part.data = rows
         module.register_buffer(name, whole, persistent=False)
 
 
