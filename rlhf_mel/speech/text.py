@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
+from rlhf_mel.lookup import did_you_mean
 from rlhf_mel.speech.f5_text import ByteTokenizer, PinyinTokenizer
 from rlhf_mel.storage import ASSETS
 
@@ -63,7 +65,9 @@ class Tokenizer(Protocol):
         """Tokens of a reference and of what is said after it, in `frames` frames, `reference_frames` of them its."""
         ...
 
-    def spoken_length(self, text: str) -> float: ...
+    def spoken_length(self, text: str) -> float:
+        """How long the text takes to say, in a unit of the tokenizer's own: only ratios count."""
+        ...
 
 
 class CharTokenizer:
@@ -72,12 +76,15 @@ class CharTokenizer:
     name = "char"
 
     def __call__(self, text: str, frames: int | None = None) -> list[str]:
+        """Characters. `frames` changes nothing."""
         return list(text)
 
     def prompt(self, reference_text: str, text: str, reference_frames: int, frames: int) -> list[str]:
+        """Characters of both texts, a space between them. Frames change nothing."""
         return list(f"{reference_text} {text}")
 
     def spoken_length(self, text: str) -> float:
+        """UTF-8 bytes."""
         return float(len(text.encode("utf-8")))
 
 
@@ -106,6 +113,7 @@ class PhonemeTokenizer:
         self.weights, self.units_per_phoneme = weights, units_per_phoneme
 
     def __call__(self, text: str, frames: int | None = None) -> list[str]:
+        """Phonemes, each once for two of the frames that it lasts, `frames` in all; None: the usual pace."""
         phonemes = self.phonemes(text)
         if not phonemes:
             return []
@@ -115,11 +123,13 @@ class PhonemeTokenizer:
         return [phoneme for phoneme, count in zip(phonemes, units, strict=True) for _ in range(count)]
 
     def prompt(self, reference_text: str, text: str, reference_frames: int, frames: int) -> list[str]:
+        """Phonemes of the reference over its frames, then those of the text over the rest of `frames`."""
         # as when aligned: a reference of odd length ends with half a unit
         reference = reference_frames + reference_frames % UNIT_FRAMES
         return self(reference_text, reference) + self(text, frames - reference)
 
     def spoken_length(self, text: str) -> float:
+        """Sum of the phonemes' durations, in units of the mean phoneme."""
         return float(sum(self.durations(self.phonemes(text))))
 
     @staticmethod
@@ -229,7 +239,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         ValueError: an unknown name.
     """
     if name not in TOKENIZERS:
-        raise ValueError(f"unknown tokenizer {name!r}: expected one of {sorted(TOKENIZERS)}")
+        known = sorted(TOKENIZERS)
+        raise ValueError(f"unknown tokenizer {name!r}: expected one of {known}{did_you_mean(name, known)}")
     return TOKENIZERS[name]()
 
 
@@ -239,8 +250,10 @@ def load_vocab(path: str | Path) -> dict[str, int]:
     return {token: index for index, token in enumerate(text.removesuffix("\n").split("\n"))}
 
 
-def tokens_to_ids(batch: Sequence[Sequence[str]], vocab: Mapping[str, int], *, strict: bool = True) -> Tensor:
-    """Token lists to long ids [B, N], padded with -1.
+def tokens_to_ids(
+    batch: Sequence[Sequence[str]], vocab: Mapping[str, int], *, strict: bool = True
+) -> Int[Tensor, "b t"]:
+    """Token lists to ids, padded with -1.
 
     `strict=False` is upstream's `list_str_to_idx`: a token outside the vocabulary becomes id 0.
 
