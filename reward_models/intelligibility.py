@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_mel.speech.recognizer import load_recognizer
@@ -62,8 +63,12 @@ class Intelligibility(nn.Module):
         """A judge does not learn: always in evaluation mode."""
         return super().train(False)
 
-    def score(self, audio: Audio, prompts: Prompts) -> Tensor:
-        """Float [B], at most 0."""
+    def score(self, audio: Audio, prompts: Prompts) -> Float[Tensor, " b"]:
+        """Log-likelihood of each text, in nats a character: at most 0, -inf where it cannot be said in the time.
+
+        Raises:
+            ValueError: the recognizer is of other mels, or a text is not of letters (see `normalize_text`).
+        """
         heard, given = self.recognizer.mel_spec.n_mels, audio.mel.shape[-1]
         if given != heard:
             raise ValueError(

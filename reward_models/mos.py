@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from distillmos import ConvTransformerSQAModel
 from distillmos.sqa import DEFAULT_WEIGHTS_CHKPT, MAX_HOP_LEN, SEQ_LEN
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_mel.types import Audio, Prompts
@@ -49,8 +50,8 @@ def segment_starts(length_samples: int) -> list[int]:
     return [int(excess * share) for share in torch.linspace(0, 1, hops, dtype=torch.float64).tolist()]
 
 
-def compressed_stft(waveform: Tensor, eps: float) -> Tensor:
-    """Z (|Z|^2 + eps^2)^-0.35 of [B, S] as [B, 2, 161, S / 160]; see the module's docstring."""
+def compressed_stft(waveform: Float[Tensor, "b s"], eps: float) -> Float[Tensor, "b 2 bins n"]:
+    """Z (|Z|^2 + eps^2)^-0.35, real and imaginary, 161 bins, a frame each 160 samples; see the module's docstring."""
     edge = (WIN_LENGTH - HOP_LENGTH) // 2
     spectrum = torch.stft(
         F.pad(waveform, (edge, edge), mode="reflect"),
@@ -111,8 +112,8 @@ class Mos(nn.Module):
         """A judge does not learn: always in evaluation mode (batch statistics would mix the items)."""
         return super().train(False)
 
-    def score(self, audio: Audio, prompts: Prompts) -> Tensor:
-        """Float [B], 1 to 5."""
+    def score(self, audio: Audio, prompts: Prompts) -> Float[Tensor, " b"]:
+        """Mean opinion score of each clip, 1 to 5."""
         lengths = [int(length) for length in audio.lengths_samples.tolist()]
         starts = [segment_starts(length) for length in lengths]
         segments = [
@@ -127,13 +128,14 @@ class Mos(nn.Module):
             [self._score_segments(segments[i : i + together]) for i in range(0, len(segments), together)]
         )
         counts = [len(row_starts) for row_starts in starts]
-        return torch.stack([part.mean() for part in scores.split(counts)])
+        means = [part.mean() for part in torch.split(scores, counts)]
+        return torch.stack(means)
 
     def _score_segments(self, segments: Sequence[Tensor]) -> Tensor:
         waveform = nn.utils.rnn.pad_sequence(list(segments), batch_first=True)
         peak = waveform.abs().amax(dim=1, keepdim=True) + 1e-8
         features = self._features(waveform / peak.clamp_min(PEAK_FLOOR))
-        quality = self.network.transformer_pool_attn(features.transpose(1, 2))
+        quality: Tensor = self.network.transformer_pool_attn(features.transpose(1, 2))
         return 1 + 4 * quality
 
     def _features(self, waveform: Tensor) -> Tensor:
@@ -148,7 +150,8 @@ class Mos(nn.Module):
         return torch.cat([speech[:, :, :heard], silence[:, :, heard:]], dim=2)
 
     def _cnn(self, waveform: Tensor) -> Tensor:
-        return self.network.cnn.cnn(compressed_stft(waveform, self.config.compression_eps)).flatten(1, 2)
+        features: Tensor = self.network.cnn.cnn(compressed_stft(waveform, self.config.compression_eps))
+        return features.flatten(1, 2)
 
 
 reward_model = Mos

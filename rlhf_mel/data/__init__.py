@@ -1,0 +1,1 @@
+"""Prompts: reading lists of them, and who sees which when."""

@@ -1,0 +1,1 @@
+"""Hearing held-out prompts before and after training: measures, intervals, verdict, report."""

@@ -13,9 +13,10 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_mel.flow.noise import item_generator
@@ -30,6 +31,7 @@ from rlhf_mel.types import Audio, Prompts, Rollout
 from rlhf_mel.vocoders import Vocoder
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """A policy and prompts to speech; the same noise in, the same speech out, whatever the batch."""
 
@@ -43,7 +45,9 @@ class Sampler(Protocol):
         sway_sampling_coef: float | None,
         method: str,
         generator: Sequence[torch.Generator],
-    ) -> Rollout: ...
+    ) -> Rollout:
+        """Speech of each prompt, without gradients; `generator`: one a prompt, the rest as in `policy.rollout`."""
+        ...
 
 
 def plain(policy: Policy, prompts: Prompts, **options: Any) -> Rollout:
@@ -57,8 +61,8 @@ class EvaluationResult:
 
     measures: Mapping[str, Sequence[float]]
     """By name, one float a prompt, NaN where it could not be taken; rewards as `reward` and `rewards/NAME`."""
-    waveforms: Sequence[Tensor]
-    """What the policy said: one float32 [S] a prompt, on the CPU."""
+    waveforms: Sequence[Float[Tensor, " _"]]
+    """What the policy said: a waveform a prompt, float32, on the CPU."""
     sample_rate_hz: int
     transcripts: Sequence[str]
     """What the recognizer heard; empty without one."""

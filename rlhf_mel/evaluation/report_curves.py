@@ -66,4 +66,4 @@ def _heldout(
     points |= {line["step"]: line[f"eval_{name}"] for line in log if f"eval_{name}" in line}
     points[summary.get("steps") or max(line["step"] for line in log)] = (summary.get("after") or {}).get(name)
     known = {step: value for step, value in points.items() if _finite(value)}
-    return list(known), list(known.values())
+    return [float(step) for step in known], [float(value) for value in known.values()]

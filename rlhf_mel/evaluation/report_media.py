@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_mel.speech.audio import MelSpec, log_mel
@@ -15,20 +16,23 @@ MEL_RANGE = 10.0
 """Nepers (87 dB) from black to the brightest of a prompt's pictures."""
 
 
-def read_wav(path: Path) -> tuple[Tensor, int]:
+def read_wav(path: Path) -> tuple[Float[Tensor, " s"], int]:
+    """The first channel of a wav file in [-1, 1], and its sample rate in Hz."""
     import soundfile  # loads a C library
 
     waveform, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
     return torch.from_numpy(waveform[:, 0].copy()), int(rate_hz)
 
 
-def mel_of(waveform: Tensor, rate_hz: int) -> Tensor:
+def mel_of(waveform: Float[Tensor, " s"], rate_hz: int) -> Float[Tensor, "n m"]:
+    """Log mel of a waveform, of at least one frame."""
     spec = MelSpec(sample_rate_hz=rate_hz)
     missing = max(spec.n_fft - len(waveform), 0)
     return log_mel(torch.nn.functional.pad(waveform, (0, missing))[None], spec)[0]
 
 
-def image(mel: Tensor, brightest: float, alt: str) -> str:
+def image(mel: Float[Tensor, "n m"], brightest: float, alt: str) -> str:
+    """HTML of a mel's picture, low frequencies below; `brightest`: the log magnitude that is white."""
     from matplotlib.image import imsave
 
     file = io.BytesIO()
@@ -36,7 +40,8 @@ def image(mel: Tensor, brightest: float, alt: str) -> str:
     return f'<img alt="{alt}" src="data:image/png;base64,{_base64(file)}">'
 
 
-def player(waveform: Tensor, rate_hz: int) -> str:
+def player(waveform: Float[Tensor, " s"], rate_hz: int) -> str:
+    """HTML that plays a waveform, as 16-bit FLAC inside the page."""
     import soundfile
 
     file = io.BytesIO()

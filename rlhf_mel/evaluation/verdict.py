@@ -101,6 +101,7 @@ class Finding:
 
     @property
     def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, the interval's fields beside the rest; what is empty is left out."""
         words = {"limit": self.limit, "reason": self.reason}
         found: dict[str, Any] = {"status": self.status} | {name: text for name, text in words.items() if text}
         if self.interval is None:
@@ -193,7 +194,8 @@ def _lost(name: str, before: EvaluationResult, after: EvaluationResult) -> int:
 
 
 def _finite(name: str, result: EvaluationResult) -> np.ndarray:
-    return np.isfinite(np.asarray(result.measures[name], dtype=float))
+    finite: np.ndarray = np.isfinite(np.asarray(result.measures[name], dtype=float))
+    return finite
 
 
 def _compared(

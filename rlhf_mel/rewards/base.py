@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_mel.types import Audio, Prompts
@@ -29,8 +30,8 @@ class RewardModel(Protocol):
     range: tuple[float, float]
     """Lowest and highest score, inclusive; may be infinite."""
 
-    def score(self, audio: Audio, prompts: Prompts) -> Tensor:
-        """Float [B], higher is better."""
+    def score(self, audio: Audio, prompts: Prompts) -> Float[Tensor, " b"]:
+        """The score of each item, higher is better."""
         ...
 
 

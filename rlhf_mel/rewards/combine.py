@@ -69,6 +69,7 @@ class Rewards:
 
     @property
     def names(self) -> list[str]:
+        """Of the models, in their order; all differ."""
         return [model.name for model in self.models]
 
     @property
@@ -93,6 +94,11 @@ class Rewards:
                 raise ValueError(f"reward {model.name!r} needs a reference clip for every prompt, got an empty one")
 
     def __call__(self, audio: Audio, prompts: Prompts) -> Scores:
+        """Score B sounds; see the module for what a score that is not finite does.
+
+        Raises:
+            ValueError: as many sounds as prompts were expected, or a model returned something else than it promised.
+        """
         if len(prompts) != len(audio.waveform):
             raise ValueError(f"rewards: expected {len(prompts)} sounds for as many prompts, got {len(audio.waveform)}")
         breakdown: dict[str, Tensor] = {}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_mel.rewards.base import RewardFunction
@@ -52,8 +53,8 @@ class FunctionReward:
         self._named = {p.name for p in named}
         self._required = {p.name for p in named if p.default is inspect.Parameter.empty}
 
-    def score(self, audio: Audio, prompts: Prompts) -> Tensor:
-        """Float32 [B]; NaN where the function returned None."""
+    def score(self, audio: Audio, prompts: Prompts) -> Float[Tensor, " b"]:
+        """What the function returns, in float32; NaN where the function returned None."""
         values = self.values(audio, prompts)
         return torch.tensor([math.nan if value is None else value for value in values])
 

@@ -24,6 +24,7 @@ from typing import overload
 
 import torch
 import torchaudio
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf_mel.masked import lengths_to_mask
@@ -65,11 +66,14 @@ class MelSpec:
 
     @property
     def frame_rate_hz(self) -> float:
+        """Frames a second."""
         return self.sample_rate_hz / self.hop_length
 
 
-def log_mel(waveform: Tensor, spec: MelSpec | None = None) -> Tensor:
-    """Log mel [batch, frames, mels] of `waveform` [batch, samples]; differentiable, float32 or float64.
+def log_mel(waveform: Float[Tensor, "b s"], spec: MelSpec | None = None) -> Float[Tensor, "b n m"]:
+    """Log mel of a waveform; differentiable, float64 of float64 and else float32.
+
+    Raises ValueError where there are too few samples to mirror at the edges (n_fft / 2 for `vocos`).
 
     Frames at the right edge look at the mirrored signal, so an item padded with zeros differs there from the
     item alone: cut first, then take the mel. Autocast is off inside: a bfloat16 filterbank costs two digits.
@@ -89,7 +93,8 @@ def log_mel(waveform: Tensor, spec: MelSpec | None = None) -> Tensor:
             padded, spec.n_fft, spec.hop_length, spec.win_length, window, center=False, return_complex=True
         )
         magnitude = spectrum.abs() if centred else (torch.view_as_real(spectrum).square().sum(-1) + 1e-9).sqrt()
-        return (magnitude.transpose(1, 2) @ filters).clamp(min=MEL_FLOOR).log()
+        mel: Tensor = magnitude.transpose(1, 2) @ filters
+        return mel.clamp(min=MEL_FLOOR).log()
 
 
 @lru_cache(maxsize=32)
@@ -110,8 +115,10 @@ def _window_and_filters(spec: MelSpec, device: torch.device, dtype: torch.dtype)
         return window, filters.to(device=device, dtype=dtype)
 
 
-def mel_filters(spec: MelSpec, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-    """The filterbank F of `spec`, [n_fft/2 + 1, mels]: mel = magnitude @ F. Shared: never write to it."""
+def mel_filters(
+    spec: MelSpec, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "bins m"]:
+    """The filterbank F of `spec`, of n_fft/2 + 1 bins: mel = magnitude @ F. Shared: never write to it."""
     return _window_and_filters(spec, torch.device(device), dtype)[1]
 
 
@@ -120,10 +127,10 @@ def frames_to_samples(frames: int, spec: MelSpec | None = None) -> int: ...
 
 
 @overload
-def frames_to_samples(frames: Tensor, spec: MelSpec | None = None) -> Tensor: ...
+def frames_to_samples(frames: Int[Tensor, "*b"], spec: MelSpec | None = None) -> Int[Tensor, "*b"]: ...
 
 
-def frames_to_samples(frames: int | Tensor, spec: MelSpec | None = None) -> int | Tensor:
+def frames_to_samples(frames: int | Int[Tensor, "*b"], spec: MelSpec | None = None) -> int | Int[Tensor, "*b"]:
     """Samples that a vocoder makes of `frames` mel frames, the fewest whose mel has as many frames again.
 
     (frames - 1) * hop for `vocos` (frame t is centred on sample t * hop), frames * hop for `bigvgan`.
@@ -138,17 +145,17 @@ def samples_to_frames(samples: int, spec: MelSpec | None = None) -> int: ...
 
 
 @overload
-def samples_to_frames(samples: Tensor, spec: MelSpec | None = None) -> Tensor: ...
+def samples_to_frames(samples: Int[Tensor, "*b"], spec: MelSpec | None = None) -> Int[Tensor, "*b"]: ...
 
 
-def samples_to_frames(samples: int | Tensor, spec: MelSpec | None = None) -> int | Tensor:
+def samples_to_frames(samples: int | Int[Tensor, "*b"], spec: MelSpec | None = None) -> int | Int[Tensor, "*b"]:
     """Frames that `log_mel` makes of `samples` samples."""
     spec = spec or MelSpec()
     return samples // spec.hop_length + (spec.kind == "vocos")
 
 
-def resample(waveform: Tensor, from_hz: int, to_hz: int) -> Tensor:
-    """`waveform` [.., samples] at another sample rate (windowed sinc): ceil(samples * to / from) samples.
+def resample(waveform: Float[Tensor, "*b s"], from_hz: int, to_hz: int) -> Float[Tensor, "*b resampled"]:
+    """A waveform at another sample rate (windowed sinc): ceil(samples * to / from) samples.
 
     Zero padding changes nothing within `resampled_length`; a few samples beyond it are no longer zero.
     """
@@ -156,7 +163,8 @@ def resample(waveform: Tensor, from_hz: int, to_hz: int) -> Tensor:
         return waveform
     dtype = waveform.dtype if waveform.dtype == torch.float64 else torch.float32
     with torch.autocast(waveform.device.type, enabled=False):
-        return _resampler(from_hz, to_hz, waveform.device, dtype)(waveform.to(dtype))
+        resampled: Tensor = _resampler(from_hz, to_hz, waveform.device, dtype)(waveform.to(dtype))
+        return resampled
 
 
 @lru_cache(maxsize=32)
@@ -165,13 +173,13 @@ def _resampler(from_hz: int, to_hz: int, device: torch.device, dtype: torch.dtyp
         return torchaudio.transforms.Resample(from_hz, to_hz, dtype=dtype).to(device)
 
 
-def resampled_length(lengths_samples: Tensor, from_hz: int, to_hz: int) -> Tensor:
+def resampled_length(lengths_samples: Int[Tensor, " b"], from_hz: int, to_hz: int) -> Int[Tensor, " b"]:
     """Samples that `resample` makes of clips of `lengths_samples`: ceil(samples * to / from)."""
     return -(-lengths_samples * to_hz // from_hz)
 
 
-def rms(waveform: Tensor, lengths_samples: Tensor | None = None) -> Tensor:
-    """Root mean square [batch] over each item's own samples; its gradient is finite for silence too."""
+def rms(waveform: Float[Tensor, "b s"], lengths_samples: Int[Tensor, " b"] | None = None) -> Float[Tensor, " b"]:
+    """Root mean square over each item's own samples; its gradient is finite for silence too."""
     if lengths_samples is None:
         return (waveform.square().mean(-1) + 1e-20).sqrt()
     beyond = ~lengths_to_mask(lengths_samples, waveform.shape[-1])
@@ -179,8 +187,8 @@ def rms(waveform: Tensor, lengths_samples: Tensor | None = None) -> Tensor:
     return (mean_square + 1e-20).sqrt()
 
 
-def level_dbfs(waveform: Tensor, lengths_samples: Tensor | None = None) -> Tensor:
-    """Level [batch] in dB re full scale, 20 log10(rms): a full-scale sine -3.01, digital silence -200."""
+def level_dbfs(waveform: Float[Tensor, "b s"], lengths_samples: Int[Tensor, " b"] | None = None) -> Float[Tensor, " b"]:
+    """Level in dB re full scale, 20 log10(rms): a full-scale sine -3.01, digital silence -200."""
     return 20 * rms(waveform, lengths_samples).log10()
 
 
@@ -189,8 +197,8 @@ def load_audio(
     sample_rate_hz: int = 24_000,
     *,
     max_duration_s: float | None = MAX_REFERENCE_DURATION_S,
-) -> Tensor:
-    """The clip at a path, or a file's bytes, as float32 [samples], mono (mean of channels), at `sample_rate_hz`.
+) -> Float[Tensor, " s"]:
+    """The clip at a path, or a file's bytes, in float32, mono (mean of channels), at `sample_rate_hz`.
 
     Raises FileNotFoundError, or ValueError for what no policy should be conditioned on: a file that is not
     audio, an empty, silent (below -60 dBFS), clipped (over 1 % of samples at full scale) or overlong clip.
@@ -199,8 +207,8 @@ def load_audio(
     return resample(waveform[None], file_rate_hz, sample_rate_hz)[0]
 
 
-def read_speech(source: str | Path | bytes, *, max_duration_s: float | None = None) -> tuple[Tensor, int]:
-    """As load_audio, at the file's own sample rate: float32 [samples] and that rate in Hz."""
+def read_speech(source: str | Path | bytes, *, max_duration_s: float | None = None) -> tuple[Float[Tensor, " s"], int]:
+    """As load_audio, at the file's own sample rate: the waveform and that rate in Hz."""
     name = "audio in memory" if isinstance(source, bytes) else str(source)
     waveform, file_rate_hz = _read_mono(source, name)
     if waveform.numel() == 0:

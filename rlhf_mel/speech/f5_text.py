@@ -37,6 +37,7 @@ class PinyinTokenizer:
         self._pypinyin: Any = pypinyin
 
     def __call__(self, text: str, frames: int | None = None) -> list[str]:
+        """Syllables with tone numbers, a space before each; else characters. `frames` changes nothing."""
         tokens: list[str] = []
         for word in self._cut(text.translate(HALF_WIDTH)):
             if word.isascii():
@@ -48,9 +49,11 @@ class PinyinTokenizer:
         return tokens
 
     def prompt(self, reference_text: str, text: str, reference_frames: int, frames: int) -> list[str]:
+        """Tokens of both texts, joined as f5-tts's inference joins them. Frames change nothing."""
         return self(f5_reference_text(reference_text) + text)
 
     def spoken_length(self, text: str) -> float:
+        """UTF-8 bytes."""
         return float(len(text.encode("utf-8")))
 
     def __reduce__(self) -> Any:
@@ -67,7 +70,8 @@ class PinyinTokenizer:
         return tokens
 
     def _read(self, word: str) -> Sequence[str]:
-        return self._pypinyin.lazy_pinyin(word, style=self._pypinyin.Style.TONE3, tone_sandhi=True)
+        readings: list[str] = self._pypinyin.lazy_pinyin(word, style=self._pypinyin.Style.TONE3, tone_sandhi=True)
+        return readings
 
 
 def is_chinese(char: str) -> bool:
@@ -91,12 +95,15 @@ class ByteTokenizer:
     name = "byte"
 
     def __call__(self, text: str, frames: int | None = None) -> list[str]:
+        """A token a byte. `frames` changes nothing."""
         return [f"<0x{byte:02X}>" for byte in text.encode("utf-8")]
 
     def prompt(self, reference_text: str, text: str, reference_frames: int, frames: int) -> list[str]:
+        """Tokens of both texts, joined as f5-tts's inference joins them. Frames change nothing."""
         return self(f5_reference_text(reference_text) + text)
 
     def spoken_length(self, text: str) -> float:
+        """UTF-8 bytes."""
         return float(len(text.encode("utf-8")))
 
 

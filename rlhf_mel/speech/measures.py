@@ -28,6 +28,7 @@ from typing import Any, Literal
 import jiwer
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf_mel.speech.audio import MelSpec, log_mel, resample
@@ -52,11 +53,11 @@ SILENCE_POWER = 1e-6
 """-60 dBFS."""
 
 
-Judge = Callable[[Audio], Mapping[str, Tensor]]
-"""A pure function of the sound: measures by name, each float [B]."""
+Judge = Callable[[Audio], Mapping[str, Float[Tensor, " b"]]]
+"""A pure function of the sound: measures by name, a value an item."""
 
 
-RecognizerJudge = Callable[[Recognizer, Audio, Prompts, Sequence[str]], Mapping[str, Tensor]]
+RecognizerJudge = Callable[[Recognizer, Audio, Prompts, Sequence[str]], Mapping[str, Float[Tensor, " b"]]]
 """The same of a recognizer, the sound, its prompts, and what the recognizer's `transcribe` says of it."""
 
 
@@ -147,13 +148,13 @@ def shown_everywhere() -> list[str]:
     return [name for name, known in MEASURES.items() if known.shown == "everywhere"]
 
 
-def clips(audio: Audio) -> list[Tensor]:
-    """The B waveforms, each [S] at its own length: float32, on the CPU, without gradient."""
+def clips(audio: Audio) -> list[Float[Tensor, " _"]]:
+    """The waveform of each item, at its own length: float32, on the CPU, without gradient."""
     rows = audio.waveform.detach().float().cpu()
     return [row[:length] for row, length in zip(rows, audio.lengths_samples.tolist(), strict=True)]
 
 
-def dnsmos(audio: Audio) -> dict[str, Tensor]:
+def dnsmos(audio: Audio) -> dict[str, Float[Tensor, " b"]]:
     """DNSMOS P.835 of each clip, 1 to 5: the numbers of the package `speechmos`, without the P.808 model it runs too.
 
     As there, a clip shorter than 9.01 s is repeated by doubling it, and the mean is over windows of 9.01 s, 1 s apart.
@@ -184,7 +185,7 @@ def _dnsmos_model() -> Any:
     from onnxruntime import InferenceSession
     from speechmos import dnsmos as package  # loads librosa
 
-    class Primary(package.DNSMOS):
+    class Primary(package.DNSMOS):  # type: ignore[misc]  # speechmos has no types
         def __init__(self) -> None:
             folder = Path(package.__file__).parent / "dnsmos_models"
             self.onnx_sess = InferenceSession(str(folder / "sig_bak_ovr.onnx"), providers=["CPUExecutionProvider"])
@@ -192,7 +193,7 @@ def _dnsmos_model() -> Any:
     return Primary()
 
 
-def signal(audio: Audio) -> dict[str, Tensor]:
+def signal(audio: Audio) -> dict[str, Float[Tensor, " b"]]:
     """Level, silence, duration, pitch and clipping of each clip; see the module's docstring."""
     measured = [_signal(clip, audio.sample_rate_hz) for clip in clips(audio)]
     return {name: torch.tensor([clip[name] for clip in measured]) for name in measured[0]}
@@ -210,8 +211,14 @@ def _signal(waveform: Tensor, sample_rate_hz: int) -> dict[str, float]:
     }
 
 
-def speech_frames(waveform: Tensor, sample_rate_hz: int) -> tuple[Tensor, Tensor]:
-    """Power [F] of the whole 20 ms frames of [S], and which of them hold speech (bool [F])."""
+def speech_frames(
+    waveform: Float[Tensor, " s"], sample_rate_hz: int
+) -> tuple[Float[Tensor, " frames"], Bool[Tensor, " frames"]]:
+    """Power of each whole frame of 20 ms, and which of them hold speech.
+
+    Raises:
+        ValueError: the waveform is shorter than a frame.
+    """
     frame = round(FRAME_S * sample_rate_hz)
     if len(waveform) < frame:
         raise ValueError(f"expected at least {frame} samples ({FRAME_S:g} s), got {len(waveform)}")
@@ -220,10 +227,17 @@ def speech_frames(waveform: Tensor, sample_rate_hz: int) -> tuple[Tensor, Tensor
     return power, power > max(loud * QUIET_POWER_RATIO, SILENCE_POWER)
 
 
-def f0_std_semitones(waveform: Tensor, sample_rate_hz: int) -> float:
-    """Standard deviation of 12 log2 f0 over voiced frames (pYIN, Mauch & Dixon 2014); NaN without any.
+def f0_std_semitones(waveform: Float[Tensor, " s"], sample_rate_hz: int) -> float:
+    """Standard deviation of the pitch contour; NaN without voiced frames."""
+    semitones = pitch_contour(waveform, sample_rate_hz)
+    voiced = semitones[~np.isnan(semitones)]
+    return float(voiced.std()) if len(voiced) else math.nan
 
-    Frames more than an octave from the median are errors of the pitch tracker, and left out.
+
+def pitch_contour(waveform: Tensor, sample_rate_hz: int) -> np.ndarray:
+    """12 log2 f0 of a waveform [S] every 16 ms (pYIN, Mauch & Dixon 2014), NaN where it is unvoiced.
+
+    Frames more than an octave from the median are errors of the pitch tracker, and NaN too.
     """
     import librosa  # slow to import
 
@@ -232,10 +246,9 @@ def f0_std_semitones(waveform: Tensor, sample_rate_hz: int) -> float:
         heard, fmin=60, fmax=500, sr=JUDGE_SAMPLE_RATE_HZ, frame_length=1024, hop_length=256
     )
     if not voiced.any():
-        return math.nan
-    semitones = 12 * np.log2(f0_hz[voiced])
-    near = np.abs(semitones - np.median(semitones)) < 12
-    return float(semitones[near].std())
+        return np.full(len(f0_hz), math.nan)
+    semitones = np.where(voiced, 12 * np.log2(f0_hz), math.nan)
+    return np.where(np.abs(semitones - np.nanmedian(semitones)) < 12, semitones, math.nan)
 
 
 def character_error_rates(texts: Sequence[str], transcripts: Sequence[str]) -> list[float]:
@@ -243,22 +256,24 @@ def character_error_rates(texts: Sequence[str], transcripts: Sequence[str]) -> l
     return [jiwer.cer(normalize_text(text), transcript) for text, transcript in zip(texts, transcripts, strict=True)]
 
 
-def voice_similarity(recognizer: Recognizer, audio: Audio, prompts: Prompts) -> Tensor:
-    """Cosine [B] between the voice of the generated mel and that of the reference clip."""
+def voice_similarity(recognizer: Recognizer, audio: Audio, prompts: Prompts) -> Float[Tensor, " b"]:
+    """Cosine between the voice of the generated mel and that of the reference clip."""
     mel, lengths_frames = reference_mels(prompts, recognizer.mel_spec)
     references = recognizer.voice_embedding(mel.to(audio.mel.device), lengths_frames.to(audio.mel.device))
     spoken = recognizer.voice_embedding(audio.mel, audio.lengths_frames)
     return torch.cosine_similarity(spoken, references, dim=-1)
 
 
-def recognized(recognizer: Recognizer, audio: Audio, prompts: Prompts, transcripts: Sequence[str]) -> dict[str, Tensor]:
+def recognized(
+    recognizer: Recognizer, audio: Audio, prompts: Prompts, transcripts: Sequence[str]
+) -> dict[str, Float[Tensor, " b"]]:
     """`cer` of the transcripts and `voice_similarity` to the reference clips."""
     rates = torch.tensor(character_error_rates(prompts.texts, transcripts))
     return {"cer": rates, "voice_similarity": voice_similarity(recognizer, audio, prompts)}
 
 
-def reference_mels(prompts: Prompts, spec: MelSpec) -> tuple[Tensor, Tensor]:
-    """Mels [B, T, M] of the reference clips, and the frames of each; one by one, or padding reaches the last frames."""
+def reference_mels(prompts: Prompts, spec: MelSpec) -> tuple[Float[Tensor, "b n m"], Int[Tensor, " b"]]:
+    """Mels of the reference clips, and the frames of each; one by one, or padding reaches the last frames."""
     mels = [
         log_mel(resample(clip[None, :length], prompts.sample_rate_hz, spec.sample_rate_hz), spec)[0]
         for clip, length in zip(prompts.reference_audio, prompts.reference_lengths_samples.tolist(), strict=True)

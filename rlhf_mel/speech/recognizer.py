@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rlhf_mel.masked import lengths_to_mask
@@ -61,7 +62,7 @@ def normalize_text(text: str) -> str:
 
 
 class Block(nn.Module):
-    """ConvNeXt: x + scale * MLP(norm(depthwise convolution(x))); [B, T, D] with padded frames at zero."""
+    """ConvNeXt: x + scale * MLP(norm(depthwise convolution(x))), padded frames of x at zero."""
 
     def __init__(self, dim: int, hidden_dim: int, kernel_size: int, dropout: float) -> None:
         super().__init__()
@@ -72,13 +73,18 @@ class Block(nn.Module):
         self.scale = nn.Parameter(torch.full((dim,), 0.3))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "b k d"]) -> Float[Tensor, "b k d"]:
+        """See the class; padded frames of what comes back are not zero."""
         mixed = self.norm(self.mix(x.transpose(1, 2)).transpose(1, 2))
-        return x + self.scale * self.dropout(self.down(F.gelu(self.up(mixed))))
+        update: Tensor = self.scale * self.dropout(self.down(F.gelu(self.up(mixed))))
+        return x + update
 
 
 class Recognizer(nn.Module):
-    """See the module docstring; the bundled one has 2.4 M parameters."""
+    """See the module docstring; the bundled one has 2.4 M parameters.
+
+    It hears mels of n frames, and answers for each of k = ceil(n / 2) frames with c = 29 classes.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -89,13 +95,13 @@ class Recognizer(nn.Module):
         hidden_dim: int = 560
         """Channels inside a block's MLP."""
         num_layers: int = 8
-        """Blocks."""
+        """Number of blocks."""
         kernel_size: int = 11
         """Frames that a block's convolution spans; odd."""
         voice_layer: int = 4
         """The block, counted from 1, after which the voice is read."""
         dropout: float = 0.1
-        """Share of a block's outputs that training drops."""
+        """Probability, at the end of a block."""
 
         def __post_init__(self) -> None:
             if not 1 <= self.voice_layer <= self.num_layers or self.kernel_size % 2 == 0:
@@ -118,32 +124,40 @@ class Recognizer(nn.Module):
         self.letters = nn.Linear(dim, CLASSES)
         self.voice = nn.Linear(2 * dim, VOICE_DIM)
 
-    def forward(self, mel: Tensor, lengths_frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [B, T', classes] of mel [B, T, M], and T' of each item: ceil(T / 2)."""
+    def forward(
+        self, mel: Float[Tensor, "b n m"], lengths_frames: Int[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b k c"], Int[Tensor, " b"]]:
+        """Log-probabilities of the classes, and how many frames of them are each item's own."""
         log_probs, _, lengths = self.listen(mel, lengths_frames)
         return log_probs, lengths
 
-    def listen(self, mel: Tensor, lengths_frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities [B, T', classes], voices [B, 64], T' of each item: both answers of one pass."""
+    def listen(
+        self, mel: Float[Tensor, "b n m"], lengths_frames: Int[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b k c"], Float[Tensor, "b voice"], Int[Tensor, " b"]]:
+        """Log-probabilities, voices and lengths, of one pass: as `forward` and `voice_embedding`."""
         with torch.autocast(mel.device.type, enabled=False):
             hidden, padded, lengths = self._stem(mel, lengths_frames)
             hidden, middle = self._blocks(hidden, padded)
             log_probs = self.letters(self.norm(hidden)).log_softmax(-1)
             return log_probs, self._pool(middle, padded, lengths), lengths
 
-    def ctc_loss(self, mel: Tensor, lengths_frames: Tensor, texts: Sequence[str]) -> Tensor:
-        """-log p(text | mel) / characters, [B]; see `character_nll`."""
+    def ctc_loss(
+        self, mel: Float[Tensor, "b n m"], lengths_frames: Int[Tensor, " b"], texts: Sequence[str]
+    ) -> Float[Tensor, " b"]:
+        """-log p(text | mel) / characters; see `character_nll`."""
         log_probs, lengths = self(mel, lengths_frames)
         return character_nll(log_probs, lengths, texts)
 
     @torch.no_grad()
-    def transcribe(self, mel: Tensor, lengths_frames: Tensor) -> list[str]:
+    def transcribe(self, mel: Float[Tensor, "b n m"], lengths_frames: Int[Tensor, " b"]) -> list[str]:
         """The most probable class of every frame, repeats merged, blanks dropped."""
         log_probs, lengths = self(mel, lengths_frames)
         return greedy(log_probs, lengths)
 
-    def voice_embedding(self, mel: Tensor, lengths_frames: Tensor) -> Tensor:
-        """Unit vectors [B, 64]; the cosine of two is near 1 for one voice. Only the lower blocks run."""
+    def voice_embedding(
+        self, mel: Float[Tensor, "b n m"], lengths_frames: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b voice"]:
+        """Unit vectors of VOICE_DIM; the cosine of two is near 1 for one voice. Only the lower blocks run."""
         with torch.autocast(mel.device.type, enabled=False):
             hidden, padded, lengths = self._stem(mel, lengths_frames)
             middle = self._blocks(hidden, padded, upto=self.config.voice_layer)[1]
@@ -175,8 +189,10 @@ class Recognizer(nn.Module):
         return F.normalize(self.voice(torch.cat([mean, (variance + 1e-6).sqrt()], -1)), dim=-1)
 
 
-def character_nll(log_probs: Tensor, lengths: Tensor, texts: Sequence[str]) -> Tensor:
-    """CTC's -log p(text) / characters, [B], of log-probabilities [B, T', classes].
+def character_nll(
+    log_probs: Float[Tensor, "b k c"], lengths: Int[Tensor, " b"], texts: Sequence[str]
+) -> Float[Tensor, " b"]:
+    """CTC's -log p(text) / characters, of log-probabilities.
 
     Infinite, with gradient 0, where a text needs more frames than there are: its characters and a blank between any
     two equal neighbours. Texts pass through `normalize_text`; spaces count as characters.
@@ -189,8 +205,13 @@ def character_nll(log_probs: Tensor, lengths: Tensor, texts: Sequence[str]) -> T
     return (nll / characters.to(nll.device)).masked_fill(~feasible, torch.inf)
 
 
-def ctc_nll(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
-    """PyTorch's CTC, -log p [B]; zero where impossible. Lengths on the host spare a synchronisation.
+def ctc_nll(
+    log_probs: Float[Tensor, "b k c"],
+    lengths: Int[Tensor, " b"],
+    targets: Int[Tensor, "*targets"],
+    target_lengths: Int[Tensor, " b"],
+) -> Float[Tensor, " b"]:
+    """PyTorch's CTC, -log p; zero where impossible. Lengths on the host spare a synchronisation.
 
     Targets: one after another, or [B, longest]. The gradient is right only for normalised log-probabilities.
     """
@@ -204,17 +225,17 @@ def ctc_nll(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths:
     )
 
 
-def encode(text: str) -> Tensor:
-    """Classes, long [characters], of a text."""
+def encode(text: str) -> Int[Tensor, " characters"]:
+    """The class of each character of a text, as `normalize_text` spells it."""
     return torch.tensor([ALPHABET.index(character) + 1 for character in normalize_text(text)])
 
 
-def frames_needed(classes: Tensor) -> int:
+def frames_needed(classes: Int[Tensor, " characters"]) -> int:
     """Frames that the shortest CTC alignment of these classes takes."""
     return len(classes) + int((classes[1:] == classes[:-1]).sum())
 
 
-def greedy(log_probs: Tensor, lengths: Tensor) -> list[str]:
+def greedy(log_probs: Float[Tensor, "b k c"], lengths: Int[Tensor, " b"]) -> list[str]:
     """The text of the best class of every frame: repeats merged, blanks dropped, outer spaces cut."""
     best = log_probs.argmax(-1).cpu()
     rows = (row[:frames].unique_consecutive() for row, frames in zip(best, lengths.tolist(), strict=True))

@@ -19,6 +19,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_mel.speech.audio import MAX_REFERENCE_DURATION_S, resample
@@ -57,6 +58,7 @@ class Clip:
 
     @property
     def length_ms(self) -> int:
+        """Whole milliseconds, rounded."""
         return round(1000 * len(self.samples) / self.rate_hz)
 
     def cut(self, start_ms: int, end_ms: int) -> Clip:
@@ -66,6 +68,7 @@ class Clip:
         return Clip(np.pad(samples, (0, max(end - start - len(samples), 0))), self.rate_hz)
 
     def join(self, other: Clip) -> Clip:
+        """This clip, then the other, of the same sample rate."""
         return Clip(np.concatenate((self.samples, other.samples)), self.rate_hz)
 
     @property
@@ -74,8 +77,10 @@ class Clip:
         return int(np.sqrt(np.mean(self.samples.astype(np.float64) ** 2))) if len(self.samples) else 0
 
 
-def prepare_reference(waveform: Tensor, rate_hz: int, sample_rate_hz: int = 24_000) -> Tensor:
-    """The clip [samples] at `rate_hz` as F5-TTS would hear it, at `sample_rate_hz`; see the module."""
+def prepare_reference(
+    waveform: Float[Tensor, " s"], rate_hz: int, sample_rate_hz: int = 24_000
+) -> Float[Tensor, " prepared"]:
+    """The clip at `rate_hz` as F5-TTS would hear it, at `sample_rate_hz`; see the module."""
     samples = (waveform.numpy() * FULL_SCALE).round().clip(-FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
     clip = shorten(Clip(samples, rate_hz))
     clip = trim_edges(clip).join(Clip(np.zeros(550 * rate_hz // 11_025 + 1, np.int16), rate_hz))  # pydub's 50 ms

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peft import LoraConfig
 
@@ -77,11 +77,12 @@ def lora_config(model_config: ModelConfig) -> LoraConfig | None:
     """TRL's `get_peft_config` without its language-model task type; default targets: those of `lora.add_lora`."""
     from trl import get_peft_config
 
-    config: Any = get_peft_config(model_config)
+    config = get_peft_config(model_config)
     if config is None:
         return None
+    assert isinstance(config, LoraConfig)
     config.task_type = None
     if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
         # TRL takes a list of one for a string, which peft would read as a pattern for the whole name.
-        config.target_modules = {config.target_modules}
+        config.target_modules = {config.target_modules}  # type: ignore[assignment]  # peft makes a set of a list too
     return config

@@ -28,6 +28,11 @@ HUB_DATASETS = "hf://datasets/"
 def build_pipeline(
     policy: Any, vocoder: Vocoder, rewards: Rewards, args: RLHFConfig, peft_config: LoraConfig | None
 ) -> Pipeline:
+    """The pipeline on the run's device: LoRA added, the reference copied, the policy compiled as `args` says.
+
+    Raises:
+        ValueError: policy and vocoder are of different mels, or the policy has no `speed_up` that was asked for.
+    """
     if vocoder.mel_spec != policy.mel_spec:
         raise ValueError(
             f"policy and vocoder must mean the same by a mel: expected a vocoder of {policy.mel_spec}, "
@@ -78,6 +83,7 @@ def _speed_up(policy: Any, args: RLHFConfig) -> None:
 
 
 def check_launch(args: RLHFConfig) -> None:
+    """Raise ValueError for a launch that is not supported: FSDP, DeepSpeed, or processes that do not work together."""
     if args.fsdp or args.deepspeed:
         raise ValueError(
             "FSDP and DeepSpeed are not supported yet: expected one device or DDP; launch with --multi_gpu"
@@ -126,6 +132,7 @@ def as_prompts(
 
 
 def heldout_prompts(given: PromptDataset | str | Path | None, args: RLHFConfig, policy: Any) -> PromptDataset | None:
+    """The first `args.num_eval_prompts` of the held-out prompts; None where that is 0."""
     if args.num_eval_prompts == 0:
         return None
     return as_prompts(given, args, policy, held_out=True).head(args.num_eval_prompts)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from typing_extensions import override
 
 from rlhf_mel.flow.ema import MovingAverage, warmed_up
 from rlhf_mel.progress import remaining
@@ -27,9 +28,11 @@ class StepClock(TrainerCallback):
         self._started = 0.0
         self._seconds: list[float] = []
 
+    @override
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started = time.perf_counter()
 
+    @override
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._seconds.append(time.perf_counter() - self._started)
 
@@ -45,6 +48,7 @@ class AfterUpdate(TrainerCallback):
     def __init__(self, update_loss: UpdateLoss) -> None:
         self._update_loss = update_loss
 
+    @override
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._update_loss.algorithm.on_update(self._update_loss.pipeline)
 
@@ -55,9 +59,11 @@ class FirstGradient(TrainerCallback):
     def __init__(self) -> None:
         self._seen = False
 
+    @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._seen = False
 
+    @override
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not self._seen and not args.fp16:  # whose loss scale begins so high that first gradients may overflow
             self._seen = True
@@ -71,6 +77,7 @@ class FollowWeights(TrainerCallback):
         self._average = average
         self._decay = decay
 
+    @override
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._average.update(warmed_up(self._decay, state.global_step))
 
@@ -81,6 +88,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self._file = folder / "metrics.jsonl"
 
+    @override
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
@@ -89,6 +97,7 @@ class MetricsFile(TrainerCallback):
         kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
         self._file.write_text("".join(f"{line}\n" for line in kept))
 
+    @override
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
@@ -104,15 +113,18 @@ class Console(ProgressCallback):
         super().__init__()
         self._began = (0.0, 0)
 
+    @override
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._began = (time.monotonic(), state.global_step)
         if not args.disable_tqdm and sys.stderr.isatty():
-            super().on_train_begin(args, state, control, **kwargs)
+            super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]  # of transformers
 
+    @override
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
 
+    @override
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
@@ -125,6 +137,7 @@ class Console(ProgressCallback):
         left = remaining(started, state.global_step - first, state.max_steps - first)
         write(f"{state.global_step:>8}/{state.max_steps}  {metrics_line(shown)}  {left}")
 
+    @override
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.training_bar is not None:
             super().on_train_end(args, state, control, **kwargs)
@@ -138,4 +151,5 @@ def check_first_gradient(gradients: Sequence[Tensor]) -> None:
 
 
 def warn_at_start(fault: str) -> None:
+    """Warn of a fault that the doctor can examine."""
     warnings.warn(f"{fault}; run `rlhf-mel doctor` with these options", stacklevel=3)

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -43,6 +43,18 @@ def option(default: Any, text: str) -> Any:
     return field(default=default, metadata=metadata)
 
 
+Config = TypeVar("Config", bound=type)
+
+
+def no_type_check(config: Config) -> Config:
+    """A mark for jaxtyping's import hook, which knows it by its name: transformers' own defaults break its types.
+
+    (`typing.no_type_check` would take the types from the command line too.)
+    """
+    return config
+
+
+@no_type_check
 @dataclass
 class RLHFConfig(TrainingArguments):
     """A run of `RLHFTrainer`. Every field of `TrainingArguments` works too; those below differ or are new."""
@@ -144,9 +156,9 @@ class RLHFConfig(TrainingArguments):
     max_steps: int = option(20, "Updates.")
     per_device_train_batch_size: int = option(4, "Rollouts a device and update.")
     warmup_steps: float = option(0, "Updates of linear warm-up (below 1: share of all).")
-    lr_scheduler_type: str = option("constant", "Learning rate schedule.")  # type: ignore[assignment]
+    lr_scheduler_type: str = option("constant", "Learning rate schedule.")
     logging_steps: float = option(1, "Updates between two log lines.")
-    save_strategy: str = option("steps", "When to write checkpoints.")  # type: ignore[assignment]
+    save_strategy: str = option("steps", "When to write checkpoints.")
     save_steps: float = option(100, "Updates between two checkpoints.")
     save_total_limit: int | None = option(1, "Checkpoints to keep.")
     # In this order: HfArgumentParser takes the second of three types.
@@ -171,7 +183,7 @@ class RLHFConfig(TrainingArguments):
                 "torch_compile_backend and torch_compile_mode: expected none, the policy's blocks are compiled by "
                 f"inductor; got {self.torch_compile_backend!r} and {self.torch_compile_mode!r}; remove them"
             )
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]  # of transformers
         # every solve already recomputes activations: velocities run again in backward()
         self.gradient_checkpointing = self.activation_checkpointing = False
         _check_inherited(self)
@@ -283,7 +295,8 @@ def resolved(
     """
     # Not by comparison with a second RLHFConfig(): a new TrainingArguments resets Accelerate under a running trainer.
     own = RLHFConfig.__annotations__
-    values = {name: value for name, value in config.to_dict().items() if name in own}
+    as_strings = config.to_dict()  # type: ignore[no-untyped-call]  # of transformers
+    values = {name: value for name, value in as_strings.items() if name in own}
     fields = dataclasses.fields(TrainingArguments)
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields}
     changed = {

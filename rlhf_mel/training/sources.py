@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_mel.data.prompts import PromptDataset
-from rlhf_mel.rewards.base import RewardModel, RewardSpec
+from rlhf_mel.rewards.base import RewardSpec
 from rlhf_mel.rewards.combine import Rewards
 
 
@@ -55,7 +55,7 @@ def _as_list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, list | tuple) else [given]
 
 
-def _options(model: RewardModel) -> dict[str, Any]:
+def _options(model: Any) -> dict[str, Any]:
     """The options of a reward that was built from its Config; empty where it has none."""
     config = getattr(model, "config", None)
     if not dataclasses.is_dataclass(config) or not isinstance(config, getattr(type(model), "Config", ())):

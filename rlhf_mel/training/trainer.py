@@ -29,10 +29,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from jaxtyping import Float
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from typing_extensions import override
 
 from rlhf_mel import policies
 from rlhf_mel.algorithms.base import load_algorithm
@@ -192,7 +194,8 @@ class RLHFTrainer(Trainer):
             f"{self.args.algorithm}: {trained:.1f} M parameters towards {rewards}, {len(self.prompts)} prompts, {where}"
         )
 
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    @override
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Float[Tensor, ""]:
         at_start = self._micro_batch[0] < 0
         step, index = self._next_micro_batch()
         # The same in a resumed run, different everywhere else.
@@ -202,7 +205,8 @@ class RLHFTrainer(Trainer):
         if at_start:
             check_first_batch(self._update_loss.algorithm, outputs["metrics"])
         self._pending.append(outputs["metrics"])
-        return outputs["loss"]
+        loss: Tensor = outputs["loss"]
+        return loss
 
     def _next_micro_batch(self) -> tuple[int, int]:
         """The update that is under way, and which of its micro-batches this is."""
@@ -241,7 +245,7 @@ class RLHFTrainer(Trainer):
             epoch=lambda: int(self.state.epoch or 0),
         )
 
-    def evaluate(  # type: ignore[override]
+    def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """What evaluation.evaluate says of the held-out prompts; in a distributed run the main process listens."""

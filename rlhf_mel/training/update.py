@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_mel.algorithms.base import Algorithm
@@ -27,8 +28,10 @@ class UpdateLoss(nn.Module):
 
     @torch.no_grad()
     def collect(self, prompts: Prompts, noise_seed: int) -> Any:
+        """What the algorithm learns from (`Algorithm.collect`), with noise of that seed."""
         return self.algorithm.collect(self.pipeline, prompts, seeded(noise_seed))
 
-    def forward(self, collected: Any, noise_seed: int) -> dict[str, Tensor | Metrics]:
+    def forward(self, collected: Any, noise_seed: int) -> dict[str, Float[Tensor, ""] | Metrics]:
+        """`loss` and `metrics` of what was collected, with noise of that seed."""
         loss, metrics = self.algorithm.loss(self.pipeline, collected, seeded(noise_seed))
         return {"loss": loss, "metrics": metrics}

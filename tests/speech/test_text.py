@@ -86,9 +86,9 @@ def test_duration_features_know_of_a_pause_one_and_two_phonemes_on():
 
 
 def test_spread_by_hand():
-    assert spread([1, 2, 5], 8) == [1, 2, 5]
+    assert spread([1.0, 2.0, 5.0], 8) == [1, 2, 5]
     # 7 over three alike are 2.33 each; 4 beyond one each add up to 1.33, 2.67, 4, rounded 1, 3, 4
-    assert spread([1, 1, 1], 7) == [2, 3, 2]
+    assert spread([1.0, 1.0, 1.0], 7) == [2, 3, 2]
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=40), st.integers(0, 200))
