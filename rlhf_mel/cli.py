@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 
 from rlhf_mel import policies
 from rlhf_mel.data.prompts import DURATION_RULES, PromptDataset, PromptOptions, load_prompts
@@ -136,8 +137,10 @@ def run_sample(args: argparse.Namespace) -> None:
             bar.write(f"{file}  {len(waveform) / vocoder.sample_rate_hz:.2f} s", file=sys.stdout)
 
 
-def speak(args: argparse.Namespace, policy: Any, vocoder: Vocoder, prompts: PromptDataset) -> Iterator[torch.Tensor]:
-    """Waveforms [S] of all prompts, in their order."""
+def speak(
+    args: argparse.Namespace, policy: Any, vocoder: Vocoder, prompts: PromptDataset
+) -> Iterator[Float[torch.Tensor, " _"]]:
+    """Waveforms of all prompts, in their order."""
     for first in range(0, len(prompts), args.batch_size):
         rows = range(first, min(first + args.batch_size, len(prompts)))
         said = rollout(

@@ -74,8 +74,9 @@ def f5_total_frames(reference_samples: int, hop_length: int, reference_text: str
     below 10 bytes.
     """
     reference_frames = reference_samples // hop_length
-    spoken, said = (len(side.encode("utf-8")) for side in (text, f5_reference_text(reference_text)))
-    return reference_frames + int(reference_frames / said * spoken / (0.3 if spoken < 10 else 1.0))
+    text_bytes, reference_bytes = (len(side.encode("utf-8")) for side in (text, f5_reference_text(reference_text)))
+    speed = 0.3 if text_bytes < 10 else 1.0
+    return reference_frames + int(reference_frames / reference_bytes * text_bytes / speed)
 
 
 class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):

@@ -103,12 +103,12 @@ class Finding:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready, the interval's fields beside the rest; what is empty is left out."""
         words = {"limit": self.limit, "reason": self.reason}
-        found: dict[str, Any] = {"status": self.status} | {name: text for name, text in words.items() if text}
+        entry: dict[str, Any] = {"status": self.status} | {name: text for name, text in words.items() if text}
         if self.interval is None:
-            return found
+            return entry
         voices = {voice: asdict(interval) for voice, interval in self.by_voice.items()}
-        found |= {"by_voice": voices} if voices else {}
-        return {"before": self.before, "after": self.after, **asdict(self.interval), **found}
+        entry |= {"by_voice": voices} if voices else {}
+        return {"before": self.before, "after": self.after, **asdict(self.interval), **entry}
 
 
 def _check_pair(before: EvaluationResult, after: EvaluationResult) -> None:
@@ -145,9 +145,9 @@ def _judged(before: EvaluationResult, after: EvaluationResult) -> Finding:
     means, interval = _compared(JUDGE, before, after)
     status, reason = _heard(interval, effect), ""
     by_voice = _by_voice(JUDGE, before, after)
-    if single := [voice for voice, found in by_voice.items() if found.prompts < 2]:
+    if single := [voice for voice, change in by_voice.items() if change.prompts < 2]:
         status, reason = UNDECIDED, f"fewer than two prompts of {', '.join(single)}"
-    if falling := [voice for voice, found in by_voice.items() if found.high < 0]:
+    if falling := [voice for voice, change in by_voice.items() if change.high < 0]:
         status, reason = NO_RISE, f"falls in {', '.join(falling)}"
     if lost := _lost(JUDGE, before, after):
         status, reason = NO_RISE, f"not measurable any more on {lost} prompts"

@@ -118,14 +118,14 @@ def _score(model: RewardModel, audio: Audio, prompts: Prompts) -> tuple[Tensor, 
     """Float32 [B], and bool [B]: rows that a plain function skipped."""
     device = audio.waveform.device
     with torch.autocast(device.type, enabled=False):
-        heard = _as_heard(model, audio)
+        received = _as_heard(model, audio)
         if isinstance(model, FunctionReward):
-            values = model.values(heard, prompts)
+            values = model.values(received, prompts)
             score = torch.tensor([math.nan if value is None else value for value in values], device=device)
             return score, torch.tensor([value is None for value in values], device=device)
         with torch.set_grad_enabled(model.differentiable and torch.is_grad_enabled()):
-            score = model.score(heard, prompts)
-    _check_score(model, score, heard)
+            score = model.score(received, prompts)
+    _check_score(model, score, received)
     return score.float(), torch.zeros(len(prompts), dtype=torch.bool, device=device)
 
 
@@ -136,24 +136,24 @@ def _as_heard(model: RewardModel, audio: Audio) -> Audio:
         mel = audio.mel if audio.mel.dtype == torch.float64 else audio.mel.float()
         if not model.differentiable:
             waveform, mel = waveform.detach(), mel.detach()
-        heard = replace(audio, waveform=waveform, mel=mel)
+        received = replace(audio, waveform=waveform, mel=mel)
         wanted_hz = model.sample_rate_hz
         if model.domain == "mel" or wanted_hz is None or wanted_hz == audio.sample_rate_hz:
-            return heard
+            return received
         lengths = resampled_length(audio.lengths_samples, audio.sample_rate_hz, wanted_hz)
         resampled = resample(waveform, audio.sample_rate_hz, wanted_hz)
         # The resampling filter rings past the end of an item that is not the longest.
         resampled = resampled.where(lengths_to_mask(lengths, resampled.shape[1]), 0.0)
-        return replace(heard, waveform=resampled, lengths_samples=lengths, sample_rate_hz=wanted_hz)
+        return replace(received, waveform=resampled, lengths_samples=lengths, sample_rate_hz=wanted_hz)
 
 
-def _check_score(model: RewardModel, score: Any, heard: Audio) -> None:
+def _check_score(model: RewardModel, score: Any, received: Audio) -> None:
     """Raise unless `score` is what the model promised: float [B], and with a gradient where it has one."""
-    expected = (len(heard.waveform),)
+    expected = (len(received.waveform),)
     if not isinstance(score, Tensor) or score.shape != expected or not score.is_floating_point():
         got = f"{score.dtype} {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
         raise ValueError(f"reward {model.name!r}: expected a float tensor of shape {expected}, got {got}")
-    source = heard.mel if model.domain == "mel" else heard.waveform
+    source = received.mel if model.domain == "mel" else received.waveform
     if model.differentiable and source.requires_grad and not score.requires_grad:
         raise ValueError(
             f"reward {model.name!r} declares a gradient, got a score without one; look for no_grad, detach or numpy "

@@ -170,13 +170,13 @@ def _dnsmos_windows(clip: Tensor, sample_rate_hz: int) -> np.ndarray:
     """What DNSMOS hears of a clip [S]: float32 [windows, 144160] at 16 kHz, clamped to what it takes."""
     if clip.numel() == 0 or not bool(clip.isfinite().all()):
         raise ValueError("dnsmos: expected a finite waveform, got an empty one, NaN or infinity")
-    heard = resample(clip[None], sample_rate_hz, JUDGE_SAMPLE_RATE_HZ)[0].clamp(-1, 1).numpy()
+    resampled = resample(clip[None], sample_rate_hz, JUDGE_SAMPLE_RATE_HZ)[0].clamp(-1, 1).numpy()
     window = int(DNSMOS_WINDOW_S * JUDGE_SAMPLE_RATE_HZ)
-    doublings = max(0, math.ceil(math.log2(window / len(heard))))
-    heard = np.tile(heard, 2**doublings)
-    hops = int(len(heard) // JUDGE_SAMPLE_RATE_HZ - DNSMOS_WINDOW_S) + 1
+    doublings = max(0, math.ceil(math.log2(window / len(resampled))))
+    resampled = np.tile(resampled, 2**doublings)
+    hops = int(len(resampled) // JUDGE_SAMPLE_RATE_HZ - DNSMOS_WINDOW_S) + 1
     starts = [hop * JUDGE_SAMPLE_RATE_HZ for hop in range(hops)]
-    return np.stack([heard[start : start + window] for start in starts if start + window <= len(heard)])
+    return np.stack([resampled[start : start + window] for start in starts if start + window <= len(resampled)])
 
 
 @functools.cache
@@ -241,9 +241,9 @@ def pitch_contour(waveform: Tensor, sample_rate_hz: int) -> np.ndarray:
     """
     import librosa  # slow to import
 
-    heard = resample(waveform[None], sample_rate_hz, JUDGE_SAMPLE_RATE_HZ)[0].numpy()
+    resampled = resample(waveform[None], sample_rate_hz, JUDGE_SAMPLE_RATE_HZ)[0].numpy()
     f0_hz, voiced, _ = librosa.pyin(
-        heard, fmin=60, fmax=500, sr=JUDGE_SAMPLE_RATE_HZ, frame_length=1024, hop_length=256
+        resampled, fmin=60, fmax=500, sr=JUDGE_SAMPLE_RATE_HZ, frame_length=1024, hop_length=256
     )
     if not voiced.any():
         return np.full(len(f0_hz), math.nan)
@@ -260,8 +260,8 @@ def voice_similarity(recognizer: Recognizer, audio: Audio, prompts: Prompts) -> 
     """Cosine between the voice of the generated mel and that of the reference clip."""
     mel, lengths_frames = reference_mels(prompts, recognizer.mel_spec)
     references = recognizer.voice_embedding(mel.to(audio.mel.device), lengths_frames.to(audio.mel.device))
-    spoken = recognizer.voice_embedding(audio.mel, audio.lengths_frames)
-    return torch.cosine_similarity(spoken, references, dim=-1)
+    generated = recognizer.voice_embedding(audio.mel, audio.lengths_frames)
+    return torch.cosine_similarity(generated, references, dim=-1)
 
 
 def recognized(

@@ -24,8 +24,8 @@ def write_samples(folder: Path, prompts: Prompts, before: EvaluationResult, afte
     index = []
     for row, text in enumerate(prompts.texts):
         names = {kind: f"{kind}_{row:03d}.wav" for kind in ("before", "after", "reference")}
-        for kind, heard in results.items():
-            soundfile.write(folder / names[kind], heard.waveforms[row].numpy(), heard.sample_rate_hz)
+        for kind, result in results.items():
+            soundfile.write(folder / names[kind], result.waveforms[row].numpy(), result.sample_rate_hz)
         soundfile.write(folder / names["reference"], references[row].numpy(), prompts.sample_rate_hz)
         index.append(
             {
@@ -36,7 +36,7 @@ def write_samples(folder: Path, prompts: Prompts, before: EvaluationResult, afte
                 "scores_before": before.items[row],
                 "scores_after": after.items[row],
             }
-            | ({f"transcript_{k}": heard.transcripts[row] for k, heard in results.items() if heard.transcripts})
+            | ({f"transcript_{k}": result.transcripts[row] for k, result in results.items() if result.transcripts})
         )
     write_json(folder / "index.json", index)
 
