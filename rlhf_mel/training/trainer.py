@@ -139,24 +139,21 @@ class RLHFTrainer(Trainer):
         self._clock = StepClock()
         self._update_loss = UpdateLoss(algorithm, self.pipeline)
         self.average = None if args.ema_decay is None else MovingAverage(self.pipeline.policy)
-        follow = [] if self.average is None else [FollowWeights(self.average, args.ema_decay or 0.0)]
         super().__init__(
             model=self._update_loss,
             args=args,
             data_collator=partial(_collate, self.prompts),
             train_dataset=self.prompts,
             eval_dataset=self.heldout,
-            callbacks=[
-                self._clock,
-                AfterUpdate(self._update_loss),
-                FirstGradient(),
-                *follow,
-                MetricsFile(Path(args.output_dir)),
-                *(callbacks or []),
-            ],
+            callbacks=[*self._run_callbacks(args), *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(Console())
+
+    def _run_callbacks(self, args: RLHFConfig) -> list[TrainerCallback]:
+        follow = [] if self.average is None else [FollowWeights(self.average, args.ema_decay or 0.0)]
+        metrics = MetricsFile(Path(args.output_dir))
+        return [self._clock, AfterUpdate(self._update_loss), FirstGradient(), *follow, metrics]
 
     @property
     def policy(self) -> Any:
