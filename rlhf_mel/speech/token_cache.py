@@ -24,6 +24,7 @@ class CachedTokenizer:
         self._spoken_length = lru_cache(TEXTS)(tokenizer.spoken_length)
 
     def __call__(self, text: str, frames: int | None = None) -> list[str]:
+        """See `Tokenizer`."""
         return list(self._tokens(text, frames))
 
     def prompt(self, reference_text: str, text: str, reference_frames: int, frames: int) -> list[str]:
