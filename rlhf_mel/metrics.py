@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf_mel.types import Scores
 
 Metrics = dict[str, Tensor]
-"""Name to a scalar or to [B], one value a rollout (bool: counted, else averaged); `pool` makes the logged numbers."""
+"""Name to a scalar or to [b], one value a rollout (bool: counted, else averaged); `pool` makes the logged numbers."""
 
 
-def score_metrics(scores: Scores, group_ids: Tensor | None) -> Metrics:
+def score_metrics(scores: Scores, group_ids: Int[Tensor, " b"] | None) -> Metrics:
     """`reward`, `rewards/NAME` and, where groups have two or more members, `frac_reward_zero_std`."""
     metrics = {"reward": scores.total.detach()}
     metrics |= {f"rewards/{name}": values.detach() for name, values in scores.breakdown.items()}
-    if group_ids is not None and len(group_ids.unique()) < len(group_ids):
+    if group_ids is not None and len(torch.unique(group_ids)) < len(group_ids):
         metrics["frac_reward_zero_std"] = frac_zero_std(scores.total.detach(), group_ids)
     return metrics
 
 
-def frac_zero_std(rewards: Tensor, group_ids: Tensor) -> Tensor:
+def frac_zero_std(rewards: Float[Tensor, " b"], group_ids: Int[Tensor, " b"]) -> Float[Tensor, ""]:
     """Share of groups all of whose finite rewards are equal: they say nothing of what is better."""
-    groups = [rewards[(group_ids == group) & rewards.isfinite()] for group in group_ids.unique()]
+    groups = [rewards[(group_ids == group) & rewards.isfinite()] for group in torch.unique(group_ids)]
     return torch.stack([(group == group[:1]).all() for group in groups]).float().mean()
 
 

@@ -1,4 +1,4 @@
-"""From mel to sound: what the policy generated, as a reward model hears it."""
+"""From prompts to scores: rollouts of the policy, their sound, and what the reward models say of it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint as recompute
+from typing_extensions import override
 
-from rlhf_mel.flow.policy import Policy, PolicyWrapper, pure_velocity, rollout
+from rlhf_mel.flow.noise import Generators
+from rlhf_mel.flow.policy import ExtendedCondition, ExtendingWrapper, Policy, PolicyWrapper, pure_velocity, rollout
 from rlhf_mel.flow.recompute import PureVelocity, Rerun, Velocity, Weights, pull_back
 from rlhf_mel.flow.reference import ReferencePolicy
 from rlhf_mel.flow.sde import SDE
@@ -82,15 +85,15 @@ class Pipeline:
         *,
         grad_steps: int,
         jump_from: int | None = None,
-    ) -> tuple[Rollout, Tensor]:
-        """Rollout whose last `grad_steps` steps carry gradients, and its anchor [B] over those steps.
+    ) -> tuple[Rollout, Float[Tensor, " b"]]:
+        """Rollout whose last `grad_steps` steps carry gradients, and its anchor over those steps (see AnchoredPolicy).
 
         jump_from: solve up to this step of the grid, then take one straight step to the end of the flow, to
             x + (1 - t) v(x, t); None: solve to the end.
         """
         view = self.policy if jump_from is None else JumpingPolicy(self.policy, jump_from)
         view = view if self.reference is None else AnchoredPolicy(view, self.reference)
-        spoken = rollout(
+        rollouts = rollout(
             view,
             prompts,
             generator=generator,
@@ -98,25 +101,25 @@ class Pipeline:
             checkpoint=grad_steps > 1,  # one step's graph is all that is ever held, kept or recomputed
             **dataclasses.asdict(self.sampling),
         )
-        _check_finite(spoken.mel)
+        _check_finite(rollouts.mel)
         if self.reference is None:
-            return spoken, spoken.mel.new_zeros(len(prompts))
-        mel, rate = spoken.mel[..., :-1], spoken.mel[..., -1]
+            return rollouts, rollouts.mel.new_zeros(len(prompts))
+        mel, rate = rollouts.mel[..., :-1], rollouts.mel[..., -1]
         times = view.timesteps(self.sampling.steps, sway_sampling_coef=self.sampling.sway_sampling_coef)
         duration = times[-1] - times[-1 - grad_steps]
-        return dataclasses.replace(spoken, mel=mel), frame_mean(rate, spoken.lengths_frames) / duration
+        return dataclasses.replace(rollouts, mel=mel), frame_mean(rate, rollouts.lengths_frames) / duration
 
     def sample(self, prompts: Prompts, generator: torch.Generator) -> Rollout:
         """Rollout without gradients."""
-        spoken = rollout(self.policy, prompts, generator=generator, grad_steps=0, **dataclasses.asdict(self.sampling))
-        _check_finite(spoken.mel)
-        return spoken
+        rollouts = rollout(self.policy, prompts, generator=generator, grad_steps=0, **dataclasses.asdict(self.sampling))
+        _check_finite(rollouts.mel)
+        return rollouts
 
     def sde_rollout(
         self, prompts: Prompts, generator: torch.Generator, *, sde: SDE, window: range, shared_prior: bool = False
     ) -> tuple[Rollout, list[Trajectory]]:
         """Rollout without gradients whose steps in `window` are random, and the probabilities of those steps."""
-        spoken, trajectories = sde_rollout(
+        rollouts, trajectories = sde_rollout(
             self.policy,
             prompts,
             sde=sde,
@@ -125,31 +128,31 @@ class Pipeline:
             generator=generator,
             **dataclasses.asdict(self.sampling),
         )
-        _check_finite(spoken.mel)
-        return spoken, trajectories
+        _check_finite(rollouts.mel)
+        return rollouts, trajectories
 
-    def score(self, spoken: Rollout, prompts: Prompts) -> Scores:
+    def score(self, rollouts: Rollout, prompts: Prompts) -> Scores:
         """What the rewards say of a rollout, in float32 whatever the autocast around it.
 
         In parts of `reward_batch_size`, of which backward() holds the graph of one at a time and computes it again.
         """
-        with torch.autocast(spoken.mel.device.type, enabled=False):
-            spoken = dataclasses.replace(spoken, mel=spoken.mel.float())
-            parts = torch.arange(len(prompts)).split(self.reward_batch_size or len(prompts))
+        with torch.autocast(rollouts.mel.device.type, enabled=False):
+            rollouts = dataclasses.replace(rollouts, mel=rollouts.mel.float())
+            parts = torch.split(torch.arange(len(prompts)), self.reward_batch_size or len(prompts))
             if len(parts) == 1:
-                return self.rewards(vocode(self.vocoder, spoken), prompts)
-            scores = [self._score_part(spoken, prompts, rows.tolist()) for rows in parts]
+                return self.rewards(vocode(self.vocoder, rollouts), prompts)
+            scores = [self._score_part(rollouts, prompts, rows.tolist()) for rows in parts]
         breakdown = {name: torch.cat([score.breakdown[name] for score in scores]) for name in self.rewards.names}
         return Scores(total=torch.cat([score.total for score in scores]), breakdown=breakdown)
 
-    def _score_part(self, spoken: Rollout, prompts: Prompts, rows: list[int]) -> Scores:
-        lengths = spoken.lengths_frames[rows]
+    def _score_part(self, rollouts: Rollout, prompts: Prompts, rows: list[int]) -> Scores:
+        lengths = rollouts.lengths_frames[rows]
         chosen = prompts.select(rows)
 
         def score(mel: Tensor) -> Scores:
             return self.rewards(vocode(self.vocoder, Rollout(mel=mel, lengths_frames=lengths)), chosen)
 
-        mel = spoken.mel[rows, : int(lengths.max())]
+        mel = rollouts.mel[rows, : int(lengths.max())]
         return recompute(score, mel, use_reentrant=False) if mel.requires_grad else score(mel)
 
 
@@ -182,22 +185,14 @@ class JumpingPolicy(PolicyWrapper):
         super().__init__(policy)
         self.jump_from = jump_from
 
-    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
+    @override
+    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Float[Tensor, " times"]:
         times = super().timesteps(steps, sway_sampling_coef=sway_sampling_coef)
         return torch.cat([times[: self.jump_from + 1], times[-1:]])
 
 
-class AnchoredCondition(NamedTuple):
-    """Conditions of a policy and of its reference."""
-
-    policy: Any
-    reference: Any
-    generated: Tensor
-    """Bool [B, T]."""
-
-
-class AnchoredPolicy(PolicyWrapper):
-    """The policy with the anchor as one more channel of its state.
+class AnchoredPolicy(ExtendingWrapper):
+    """The policy with the anchor as one more channel of its state; what it needs besides is the reference's condition.
 
     The channel is da/dt = mean_M |v - v_ref|^2, a(0) = 0, where gradients flow, and 0 elsewhere: the solver
     integrates it with the mel, under its truncation, checkpoints and grouping (as the kinetic energy of Finlay et
@@ -208,27 +203,32 @@ class AnchoredPolicy(PolicyWrapper):
         super().__init__(policy)
         self.reference = reference
 
-    def inner(self, cond: AnchoredCondition) -> Any:
-        return cond.policy
+    @override
+    def extra(self, prompts: Prompts, *, cfg_strength: float) -> Any:
+        return self.reference.encode(prompts, cfg_strength=cfg_strength)
 
-    def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> AnchoredCondition:
-        cond = self.policy.encode(prompts, cfg_strength=cfg_strength)
-        return AnchoredCondition(cond, self.reference.encode(prompts, cfg_strength=cfg_strength), cond.generated)
-
-    def prior(self, cond: AnchoredCondition, generator: Any = None) -> Tensor:
+    @override
+    def prior(self, cond: ExtendedCondition, generator: Generators = None) -> Float[Tensor, "b n channels"]:
         return F.pad(super().prior(cond, generator), (0, 1))
 
-    def velocity(self, x: Tensor, t: Tensor, cond: AnchoredCondition) -> Tensor:
+    @override
+    def velocity(
+        self, x: Float[Tensor, "b n channels"], t: Float[Tensor, " ..."], cond: ExtendedCondition
+    ) -> Float[Tensor, "b n channels"]:
         mel = x[..., :-1]
         v = self.policy.velocity(mel, t, cond.policy)
-        v_ref = self.reference.velocity(mel, t, cond.reference)
+        v_ref = self.reference.velocity(mel, t, cond.extra)
         return torch.cat([v, (v - v_ref).square().mean(-1, keepdim=True)], dim=-1)
 
-    def velocity_without_gradient(self, x: Tensor, t: Tensor, cond: AnchoredCondition) -> Tensor:
+    @override
+    def velocity_without_gradient(
+        self, x: Float[Tensor, "b n channels"], t: Float[Tensor, " ..."], cond: ExtendedCondition
+    ) -> Float[Tensor, "b n channels"]:
         """In the steps that are not trained the anchor stands still."""
         return F.pad(self.policy.velocity(x[..., :-1], t, cond.policy), (0, 1))
 
-    def velocity_as_now(self, cond: AnchoredCondition) -> Velocity:
+    @override
+    def velocity_as_now(self, cond: ExtendedCondition) -> Velocity:
         own, plain = super().velocity_as_now(cond), pure_velocity(self, cond)
         if not (isinstance(own, PureVelocity) and own.fast):
             return plain  # differentiated by autograd, the policy runs once less
@@ -248,7 +248,7 @@ class AnchoredPolicy(PolicyWrapper):
         with run.autocast(), torch.no_grad():
             v = own.function(mel, t, own.cond)
         with run.autocast(), torch.set_grad_enabled(x.requires_grad):
-            v_ref = self.reference.velocity(mel, t, cond.reference)
+            v_ref = self.reference.velocity(mel, t, cond.extra)
         push = 2 * cotangent[..., -1:] * (v - v_ref.detach()).to(x.dtype) / mel.shape[-1]
         found = pull_back(own, (mel, t, own.cond), run.autocast, weights, cotangent[..., :-1] + push)
         known = [leaf for leaf in tree_leaves((mel, t, own.cond)) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -259,7 +259,8 @@ class AnchoredPolicy(PolicyWrapper):
             of[id(x)] = F.pad(of_reference if own_share is None else own_share + of_reference, (0, 1))
         return [of.get(id(leaf)) for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
 
-    def finalize(self, x1: Tensor, cond: AnchoredCondition) -> Tensor:
+    @override
+    def finalize(self, x1: Float[Tensor, "b n channels"], cond: ExtendedCondition) -> Float[Tensor, "b n channels"]:
         return torch.cat([super().finalize(x1[..., :-1], cond), x1[..., -1:]], dim=-1)
 
 

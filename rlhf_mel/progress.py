@@ -18,7 +18,8 @@ LINE_EVERY_S = 10.0
 
 def duration(seconds: float) -> str:
     """Minutes and seconds: "1:05"."""
-    return tqdm.format_interval(max(0, round(seconds))).removeprefix("0")
+    shown: str = tqdm.format_interval(max(0, round(seconds)))
+    return shown.removeprefix("0")
 
 
 def remaining(started: float, done: int, total: int) -> str:

@@ -1,7 +1,7 @@
 """The values that travel between the five nouns: prompts, rollouts, audio, scores.
 
-Letters in shapes: B batch, T mel frames, M mel channels, S samples, K solver steps. Padding is zero, lengths say
-where it begins. Everything is a frozen dataclass with one shape and one unit a field.
+Letters in shapes: b batch, n mel frames, m mel bands, s samples. Padding is zero, lengths say where it begins.
+Everything is a frozen dataclass with one shape and one unit a field.
 """
 
 from __future__ import annotations
@@ -11,33 +11,35 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is to be said, and in whose voice: a batch of B prompts."""
+    """What is to be said, and in whose voice: a batch of b prompts."""
 
     texts: Sequence[str]
-    """B sentences to speak."""
-    reference_audio: Tensor
-    """Float [B, S]: reference clips at `sample_rate_hz`, zero-padded on the right."""
-    reference_lengths_samples: Tensor
-    """Long [B]: samples of each reference clip."""
+    """b sentences to speak."""
+    reference_audio: Float[Tensor, "b s"]
+    """Reference clips at `sample_rate_hz`, zero-padded on the right."""
+    reference_lengths_samples: Int[Tensor, " b"]
+    """Samples of each reference clip."""
     reference_texts: Sequence[str]
-    """B transcripts of the reference clips."""
+    """b transcripts of the reference clips."""
     sample_rate_hz: int = 24_000
-    durations_frames: Tensor | None = None
-    """Long [B]: mel frames of reference plus generated speech; None: the policy's duration rule."""
-    group_ids: Tensor | None = None
-    """Long [B]: rollouts of one prompt share a group id; None: every row is its own group."""
+    durations_frames: Int[Tensor, " b"] | None = None
+    """Mel frames of reference plus generated speech; None: the policy's duration rule."""
+    group_ids: Int[Tensor, " b"] | None = None
+    """Rollouts of one prompt share a group id; None: every row is its own group."""
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """Every other dataset column, B values each; passed to reward functions by name."""
+    """Every other dataset column, b values each; passed to reward functions by name."""
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def to(self, device: torch.device | str) -> Prompts:
+        """The same with its tensors on `device`."""
         moved: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -58,36 +60,34 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What the policy made of B prompts; only generated frames, never those of the reference clip."""
+    """What the policy made of b prompts; only generated frames, never those of the reference clip."""
 
-    mel: Tensor
-    """Float [B, T, M]: log mel, zero beyond each item's own length."""
-    lengths_frames: Tensor
-    """Long [B]: generated frames of each item."""
-    trajectory: Tensor | None = None
-    """Float [K+1, B, T_total, M] where asked for: solver states, reference frames included."""
+    mel: Float[Tensor, "b n m"]
+    """Log mel, zero beyond each item's own length."""
+    lengths_frames: Int[Tensor, " b"]
+    """Generated frames of each item."""
+    trajectory: Float[Tensor, "times b total m"] | None = None
+    """Solver states where asked for, of total frames: those of the reference included."""
 
 
 @dataclass(frozen=True)
 class Audio:
-    """B sounds as a reward model sees them: the waveform, and the mel it was made from."""
+    """b sounds as a reward model sees them: the waveform, and the mel it was made from."""
 
-    waveform: Tensor
-    """Float [B, S] in [-1, 1], zero beyond each item's own length."""
-    lengths_samples: Tensor
-    """Long [B]."""
+    waveform: Float[Tensor, "b s"]
+    """In [-1, 1], zero beyond each item's own length."""
+    lengths_samples: Int[Tensor, " b"]
     sample_rate_hz: int
-    mel: Tensor
-    """Float [B, T, M]: log mel, zero beyond each item's own length."""
-    lengths_frames: Tensor
-    """Long [B]."""
+    mel: Float[Tensor, "b n m"]
+    """Log mel, zero beyond each item's own length."""
+    lengths_frames: Int[Tensor, " b"]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the reward models said of B sounds; higher is better."""
+    """What the reward models said of b sounds; higher is better."""
 
-    total: Tensor
-    """Float [B]: weighted sum."""
-    breakdown: Mapping[str, Tensor]
-    """Reward name to float [B], unweighted."""
+    total: Float[Tensor, " b"]
+    """Weighted sum."""
+    breakdown: Mapping[str, Float[Tensor, " b"]]
+    """By name of the reward, unweighted."""

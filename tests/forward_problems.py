@@ -42,6 +42,8 @@ class Movable(nn.Module):
 
     flow = LinearGaussianFlow(deviation=0.8)
     pasted = 3.0
+    tokenizer = None
+    voices: tuple[str, ...] = ()
 
     def __init__(self, theta: float = 0.0) -> None:
         super().__init__()

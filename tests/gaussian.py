@@ -33,6 +33,9 @@ FLOW = LinearGaussianFlow()
 
 
 class GaussianPolicy(nn.Module):
+    tokenizer = None
+    voices: tuple[str, ...] = ()
+
     def __init__(
         self,
         steps: int,

@@ -140,6 +140,6 @@ def test_a_wrapper_is_the_policy_inside_but_for_what_it_changes() -> None:
     x = view.prior(cond, seeded())
     v, rate = view.velocity(x, torch.tensor(0.5, dtype=torch.float64), cond).split([policy.num_channels, 1], dim=-1)
     own = policy.velocity(x[..., :-1], torch.tensor(0.5, dtype=torch.float64), cond.policy)
-    other = reference.velocity(x[..., :-1], torch.tensor(0.5, dtype=torch.float64), cond.reference)
+    other = reference.velocity(x[..., :-1], torch.tensor(0.5, dtype=torch.float64), cond.extra)
     assert_close(v, own, rtol=1e-12, atol=0)
     assert_close(rate[..., 0], (own - other).square().mean(-1), rtol=1e-9, atol=1e-12)

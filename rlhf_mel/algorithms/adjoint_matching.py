@@ -47,7 +47,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
+from typing_extensions import override
 
 from rlhf_mel.algorithms.base import AlgorithmBase
 from rlhf_mel.flow.policy import Policy, evaluating, velocity_as_now
@@ -57,7 +59,7 @@ from rlhf_mel.flow.sde import SDE
 from rlhf_mel.flow.sde_rollout import Trajectory
 from rlhf_mel.masked import counted_mean
 from rlhf_mel.metrics import Metrics, score_metrics
-from rlhf_mel.pipeline import Pipeline, require_reward_gradient
+from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts, Rollout, Scores
 
 DYNAMICS = ("memoryless", "ode")
@@ -83,8 +85,8 @@ class Targets:
     """Float [b]: share of the n steps whose push was."""
 
 
-class Collected(NamedTuple):
-    """B rollouts that several updates learn from."""
+class AdjointTargets(NamedTuple):
+    """What the velocity is regressed to in B rollouts, for several updates."""
 
     targets: Sequence[Targets]
     dropped: Tensor
@@ -92,8 +94,8 @@ class Collected(NamedTuple):
     metrics: Metrics
 
 
-def control_scales(t: Tensor, dynamics: str) -> tuple[Tensor, Tensor]:
-    """c [K] and the weights [K] of the loss, of the steps of the grid t [K + 1]."""
+def control_scales(t: Float[Tensor, " times"], dynamics: str) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+    """c and the weights of the loss in the k steps of the grid t, of k + 1 times."""
     dt = t.diff()
     if dynamics == "ode":
         return torch.ones_like(dt), dt / 2
@@ -103,11 +105,16 @@ def control_scales(t: Tensor, dynamics: str) -> tuple[Tensor, Tensor]:
 
 
 def lean_adjoint(
-    reference: ReferencePolicy, trajectory: Trajectory, cond: Any, finalize: Finalize, end: Tensor, first: int
-) -> tuple[Tensor, Tensor]:
-    """g [K - first + 1, b, T, M] before each step from `first` on and at the end, and v_ref [K - first, b, T, M].
+    reference: ReferencePolicy,
+    trajectory: Trajectory,
+    cond: Any,
+    finalize: Finalize,
+    end: Float[Tensor, "b n m"],
+    first: int,
+) -> tuple[Float[Tensor, "ends b n m"], Float[Tensor, "steps b n m"]]:
+    """g before each of the steps from `first` on, and at the end; and v_ref before each of them.
 
-    cond, finalize: the policy's, of the same prompts; end: the gradient with respect to the finalized mel [b, T, M].
+    cond, finalize: the policy's, of the same prompts; end: the gradient with respect to the finalized mel.
     """
     steps = len(trajectory.t) - 1
     cond_ref = reference.encode(trajectory.prompts, cfg_strength=trajectory.cfg_strength)
@@ -125,11 +132,11 @@ def lean_adjoint(
     return torch.stack(adjoints[::-1]), torch.stack(base[::-1])
 
 
-def reward_gradient(pipeline: Pipeline, spoken: Rollout, prompts: Prompts) -> tuple[Tensor, Scores]:
-    """Gradient of each item's total by its mel [B, T, M], and the scores."""
+def reward_gradient(pipeline: Pipeline, rollouts: Rollout, prompts: Prompts) -> tuple[Float[Tensor, "b n m"], Scores]:
+    """Gradient of each item's total with respect to its mel, and the scores."""
     with torch.enable_grad():
-        mel = spoken.mel.detach().requires_grad_()
-        scores = pipeline.score(replace(spoken, mel=mel), prompts)
+        mel = rollouts.mel.detach().requires_grad_()
+        scores = pipeline.score(replace(rollouts, mel=mel), prompts)
         if not scores.total.requires_grad:
             raise ValueError(
                 "adjoint_matching: expected rewards with a gradient at the mel, got some cut off from it; look "
@@ -139,30 +146,38 @@ def reward_gradient(pipeline: Pipeline, spoken: Rollout, prompts: Prompts) -> tu
     return gradient, scores
 
 
-def shortened(push: Tensor, counted: Tensor, most: float | None) -> tuple[Tensor, Tensor]:
-    """`push` [n, b, T, M] with a root mean square of at most `most` over the frames `counted` [b, T].
-
-    Beside it, bool [n, b]: which were longer.
-    """
+def shortened(
+    push: Float[Tensor, "steps b n m"], counted: Bool[Tensor, "b n"], most: float | None
+) -> tuple[Float[Tensor, "steps b n m"], Bool[Tensor, "steps b"]]:
+    """`push` with a root mean square of at most `most` over the frames `counted`, and which were longer."""
     if most is None:
         return push, torch.zeros_like(push[..., 0, 0], dtype=torch.bool)
     length = torch.stack([counted_mean(one.square(), counted) for one in push]).sqrt()
     return push * (most / length).clamp(max=1.0)[..., None, None], length > most
 
 
-def adjoint_matching_loss(control: Tensor, push: Tensor, weights: Tensor, counted: Tensor) -> Tensor:
-    """Sum over n steps [b] of weight * mean of |v - v_ref - c g|^2 over the frames `counted`; control = v - v_ref."""
+def adjoint_matching_loss(
+    control: Float[Tensor, "steps b n m"],
+    push: Float[Tensor, "steps b n m"],
+    weights: Float[Tensor, " steps"],
+    counted: Bool[Tensor, "b n"],
+) -> Float[Tensor, " b"]:
+    """Sum over steps of weight * mean of |v - v_ref - c g|^2 over the frames `counted`; control = v - v_ref."""
     squares = zip(weights, (control - push).square(), strict=True)
     return torch.stack([weight * counted_mean(square, counted) for weight, square in squares]).sum(0)
 
 
 class AdjointMatching(AlgorithmBase):
+    """Regression to the reference's velocity plus what the reward's gradient asks for; see the top."""
+
     name = "adjoint_matching"
     reward_gradient = True
     default_beta = 0.01
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
+        """Which process is controlled, in which steps, and how far a target may be."""
+
         dynamics: str = "memoryless"
         """'memoryless': the paper's SDE, reaches the tilted distribution; 'ode': deterministic, see the top."""
         last_steps: int | None = None
@@ -188,12 +203,16 @@ class AdjointMatching(AlgorithmBase):
             if most is not None and (not isinstance(most, int | float) or not most > 0):
                 raise ValueError(f"max_push of adjoint_matching: expected above 0, or null for no limit, got {most!r}")
 
-    def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
-        self.config = config or self.Config()
-        self.beta = beta
+    config: Config
 
+    @property
+    @override
+    def step_noise(self) -> SDE:
+        return SDE(noise_level=0.0 if self.config.dynamics == "ode" else math.sqrt(2))
+
+    @override
     def check(self, pipeline: Pipeline) -> None:
-        require_reward_gradient(self.name, pipeline)
+        super().check(pipeline)
         if pipeline.reference is None or not self.beta > 0:
             raise ValueError(
                 f"algorithm 'adjoint_matching' tilts the reference policy by exp(r / beta): expected beta above 0, "
@@ -212,23 +231,24 @@ class AdjointMatching(AlgorithmBase):
                 f"sampling_steps, got {self.config.num_train_steps}, {self.config.last_steps} and {steps}"
             )
 
-    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> Collected:
+    @override
+    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> AdjointTargets:
         steps = pipeline.sampling.steps
-        sde = SDE(noise_level=0.0 if self.config.dynamics == "ode" else math.sqrt(2))
-        spoken, trajectories = pipeline.sde_rollout(prompts, generator, sde=sde, window=range(steps - 1))
-        gradient, scores = reward_gradient(pipeline, spoken, prompts)
+        window = range(steps - 1)
+        rollouts, trajectories = pipeline.sde_rollout(prompts, generator, sde=self.step_noise, window=window)
+        gradient, scores = reward_gradient(pipeline, rollouts, prompts)
         dropped = ~scores.total.isfinite()
         trained = self._trained_steps(steps, generator)
         targets = []
         for trajectory in trajectories:
             rows = list(trajectory.rows)
-            own = self._targets(pipeline, trajectory, gradient[rows] / self.beta, trained)
-            broken = ~own.push.isfinite().transpose(0, 1).flatten(1).all(1)
+            one = self._targets(pipeline, trajectory, gradient[rows] / self.beta, trained)
+            broken = ~one.push.isfinite().transpose(0, 1).flatten(1).all(1)
             dropped[rows] |= broken
             # infinity would reach the weights even where the loss leaves the row out
-            targets.append(replace(own, push=own.push.masked_fill(broken[None, :, None, None], 0.0)))
+            targets.append(replace(one, push=one.push.masked_fill(broken[None, :, None, None], 0.0)))
         metrics = score_metrics(scores, prompts.group_ids) | {"dropped_rollouts": dropped}
-        return Collected(targets, dropped, metrics)
+        return AdjointTargets(targets, dropped, metrics)
 
     def _trained_steps(self, steps: int, generator: torch.Generator) -> list[int]:
         first = steps - (self.config.last_steps or steps)
@@ -242,8 +262,8 @@ class AdjointMatching(AlgorithmBase):
         with evaluating(policy), torch.no_grad():
             cond = policy.encode(trajectory.prompts, cfg_strength=trajectory.cfg_strength)
         end = torch.zeros_like(trajectory.states[0])
-        for item, own in enumerate(cond.generated):
-            end[item, own] = gradient[item, : int(own.sum())].to(end.dtype)
+        for item, generated in enumerate(cond.generated):
+            end[item, generated] = gradient[item, : int(generated.sum())].to(end.dtype)
         adjoints, base = lean_adjoint(reference, trajectory, cond, policy.finalize, end, first)
         c, weights = control_scales(trajectory.t.to(end.dtype), self.config.dynamics)
         at = [k + 1 if self.config.dynamics == "ode" else max(k, 1) for k in trained]
@@ -259,7 +279,10 @@ class AdjointMatching(AlgorithmBase):
             shortened=longer.float().mean(0),
         )
 
-    def loss(self, pipeline: Pipeline, collected: Collected, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+    @override
+    def loss(
+        self, pipeline: Pipeline, collected: AdjointTargets, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], Metrics]:
         batch, kept = len(collected.dropped), ~collected.dropped
         loss: Any = 0.0
         anchor, shortened_push = torch.zeros(2, batch, device=kept.device)
@@ -267,11 +290,15 @@ class AdjointMatching(AlgorithmBase):
             rows = list(targets.trajectory.rows)
             v, counted = _velocities(pipeline.policy, targets)
             control = v - targets.base
-            own = adjoint_matching_loss(control, targets.push, targets.weights, counted)
-            loss = loss + own.where(kept[rows], 0.0).sum() / kept.sum().clamp(min=1)
+            losses = adjoint_matching_loss(control, targets.push, targets.weights, counted)
+            loss = loss + losses.where(kept[rows], 0.0).sum() / kept.sum().clamp(min=1)
             anchor[rows] = counted_mean(control.detach().square().mean(0), counted)
             shortened_push[rows] = targets.shortened
         return loss, {**collected.metrics, "anchor": anchor, "shortened_push": shortened_push}
+
+    @override
+    def trajectories(self, collected: AdjointTargets) -> Sequence[Trajectory]:
+        return [targets.trajectory for targets in collected.targets]
 
 
 def _velocities(policy: Policy, targets: Targets) -> tuple[Tensor, Tensor]:

@@ -18,21 +18,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from rlhf_mel.algorithms.base import AlgorithmBase
-from rlhf_mel.algorithms.families.pathwise import draft_loss, pathwise_scores
+from rlhf_mel.algorithms.families.pathwise import check_grad_steps, draft_loss, pathwise_scores
 from rlhf_mel.metrics import Metrics
-from rlhf_mel.pipeline import Pipeline, require_reward_gradient
+from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts
 
 
 class AlignProp(AlgorithmBase):
+    """DRaFT-K with a K drawn anew for each batch; see the top."""
+
     name = "alignprop"
     reward_gradient = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
+        """Between which numbers K is drawn."""
+
         min_grad_steps: int = 1
         """Fewest velocities that are differentiated, counted from the end."""
         max_grad_steps: int | None = None
@@ -50,23 +56,22 @@ class AlignProp(AlgorithmBase):
                     f"{self.min_grad_steps}, or null for all, got {most!r}"
                 )
 
-    def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
-        self.config = config or self.Config()
-        self.beta = beta
+    config: Config
 
+    @override
     def check(self, pipeline: Pipeline) -> None:
-        require_reward_gradient(self.name, pipeline)
-        asked = self.config.max_grad_steps or self.config.min_grad_steps
-        if asked > pipeline.sampling.steps:
-            raise ValueError(
-                f"grad steps of alignprop: expected at most the {pipeline.sampling.steps} sampling_steps, got {asked}"
-            )
+        super().check(pipeline)
+        most = self.config.max_grad_steps or self.config.min_grad_steps
+        check_grad_steps("grad steps of alignprop", most, pipeline)
 
-    def loss(self, pipeline: Pipeline, collected: Prompts, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+    @override
+    def loss(
+        self, pipeline: Pipeline, collected: Prompts, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], Metrics]:
         most = self.config.max_grad_steps or pipeline.sampling.steps
         grad_steps = int(torch.randint(self.config.min_grad_steps, most + 1, (), generator=generator))
-        spoken, anchor = pipeline.rollout(collected, generator, grad_steps=grad_steps)
-        rewards, metrics = pathwise_scores(pipeline, spoken, collected)
+        rollouts, anchor = pipeline.rollout(collected, generator, grad_steps=grad_steps)
+        rewards, metrics = pathwise_scores(pipeline, rollouts, collected)
         logged = {"anchor": anchor.detach(), "grad_steps": torch.tensor(float(grad_steps))}
         return draft_loss(rewards, anchor, self.beta), metrics | logged
 

@@ -22,22 +22,22 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
-from rlhf_mel.algorithms.base import LaggedAlgorithm
+from rlhf_mel.algorithms.base import Clip, LaggedAlgorithm
 from rlhf_mel.algorithms.families.forward_process import (
     Draw,
     ForwardProcessOptions,
     Samples,
-    anchor_to,
-    anchors,
+    anchored_loss,
     check_number,
-    check_options,
     collect_samples,
     regress,
 )
-from rlhf_mel.algorithms.families.policy_gradient import Clip, check_clipping, clipped_shares, clipped_surrogate
-from rlhf_mel.flow.ema import LaggedPolicy, MovingAverage, check_lag
+from rlhf_mel.algorithms.families.policy_gradient import check_clipping, clipped_shares, clipped_surrogate
+from rlhf_mel.flow.ema import MovingAverage, check_lag
 from rlhf_mel.flow.noise import seeded
 from rlhf_mel.masked import kept_mean
 from rlhf_mel.metrics import Metrics
@@ -53,33 +53,40 @@ GHUBER_POWER = 0.25
 GHUBER_OFFSET = 1e-10
 
 
-def matching_log_prob(error: Tensor, t: Tensor, weighting: str) -> Tensor:
-    """log p [b] of mean square errors `error` [b] of the velocity at times t [b]."""
+def matching_log_prob(error: Float[Tensor, " b"], t: Float[Tensor, " b"], weighting: str) -> Float[Tensor, " b"]:
+    """log p of mean square errors `error` of the velocity at times t."""
     if weighting == "uniform":
         return -error
     if weighting == "noise":
         return -(1 - t) * error
-    root = (error + GHUBER_OFFSET) ** GHUBER_POWER - GHUBER_OFFSET**GHUBER_POWER
+    root: Tensor = (error + GHUBER_OFFSET) ** GHUBER_POWER - GHUBER_OFFSET**GHUBER_POWER
     return -(1 - t) * root / GHUBER_POWER
 
 
 @dataclass
-class Collected:
+class RatioSamples:
+    """Rollouts, and what the ratios of all updates on them compare."""
+
     samples: Samples
     noise_seed: int
     """Of the times and noise: the same in every update on these samples."""
     average: MovingAverage | None
-    old_log_probs: Tensor | None = None
-    """[n, B], from the first of those updates on, when the policy is still the one that spoke."""
+    """The policy on the average of its weights; None: nothing is tied to it."""
+    old_log_probs: Float[Tensor, "draws b"] | None = None
+    """From the first of those updates on, when the policy is still the one that made the rollouts."""
 
 
 class AWM(LaggedAlgorithm):
+    """PPO with the flow-matching loss for log-probability; see the top."""
+
     name = "awm"
     needs_groups = True
     default_beta = 0.015
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ForwardProcessOptions):
+        """The family's, log-probability, clipping, and the average of the weights."""
+
         num_noise_samples: int = 6
         """Draws of time and noise for each rollout and update. Paper: 6."""
         weighting: str = "uniform"
@@ -96,51 +103,54 @@ class AWM(LaggedAlgorithm):
         """Its limit, below 1. The repository's: 0.3."""
 
         def __post_init__(self) -> None:
-            check_options("awm", self)
+            self.check("awm")
             check_clipping("awm", self.epsilon, self.epsilon_high, self.advantage_clip)
             check_lag("awm", self.ema_decay_rate, self.ema_decay_max, prefix="ema")
             check_number("awm", "ema_beta", self.ema_beta, least=0.0)
             if self.weighting not in WEIGHTINGS:
                 raise ValueError(f"weighting of awm: expected one of {list(WEIGHTINGS)}, got {self.weighting!r}")
 
-        @property
-        def clip(self) -> Clip:
-            return Clip(low=self.epsilon, high=self.epsilon if self.epsilon_high is None else self.epsilon_high)
+    config: Config
 
-    def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
-        self.config = config or self.Config()
-        self.beta = beta
-        self._lagged = LaggedPolicy(self.config.ema_decay_rate, self.config.ema_decay_max)
+    @property
+    @override
+    def clip(self) -> Clip:
+        return Clip.of(self.config.epsilon, self.config.epsilon_high)
 
-    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> Collected:
+    @override
+    def lag(self) -> tuple[float, float]:
+        return self.config.ema_decay_rate, self.config.ema_decay_max
+
+    @override
+    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> RatioSamples:
         average = self._lagged.refreshed(pipeline.policy) if self.config.ema_beta else None
         samples = collect_samples(pipeline, prompts, generator, self.config)
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
-        return Collected(samples=samples, noise_seed=seed, average=average)
+        return RatioSamples(samples=samples, noise_seed=seed, average=average)
 
-    def loss(self, pipeline: Pipeline, collected: Collected, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+    @override
+    def loss(
+        self, pipeline: Pipeline, collected: RatioSamples, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], Metrics]:
         samples = collected.samples
         log_probs = samples.advantages.new_empty(self.config.num_noise_samples, len(samples.advantages))
         objective = partial(self._values, old_log_probs=collected.old_log_probs, log_probs=log_probs)
-        others = anchor_to(pipeline.reference) | ({"ema": collected.average} if collected.average else {})
         noise = seeded(collected.noise_seed, generator.device)
+        others = {"reference": pipeline.reference, "ema": collected.average}
         values = regress(pipeline.policy, samples, objective, self.config, noise, **others)
         if collected.old_log_probs is None:
             collected.old_log_probs = log_probs
         loss = kept_mean(values.pop("surrogate"), samples.dropped)
-        for name, weight in (("anchor", self.beta), ("ema_deviation", self.config.ema_beta)):
-            if name in values:
-                loss = loss + weight * values[name].mean()
-        return loss, {**samples.metrics, **{name: value.detach() for name, value in values.items()}}
+        return anchored_loss(loss, samples, values, anchor=self.beta, ema_deviation=self.config.ema_beta)
 
     def _values(self, draw: Draw, *, old_log_probs: Tensor | None, log_probs: Tensor) -> dict[str, Tensor]:
         """`log_probs` [n, B] is filled in."""
-        rows, clip = list(draw.rows), self.config.clip
+        rows, clip = list(draw.rows), self.clip
         log_prob = matching_log_prob(draw.mse(draw.velocity, draw.target), draw.t, self.config.weighting)
         log_probs[draw.index, rows] = log_prob.detach()
         old = log_prob.detach() if old_log_probs is None else old_log_probs[draw.index, rows]
         ratio = (log_prob - old).exp()
-        values = {"surrogate": clipped_surrogate(ratio, draw.advantages, clip), **anchors(draw)}
+        values = {"surrogate": clipped_surrogate(ratio, draw.advantages, clip), **draw.anchors()}
         if "ema" in draw.others:
             values["ema_deviation"] = draw.mse(draw.velocity, draw.others["ema"])
         return values | clipped_shares(ratio.detach()[None], draw.advantages, clip)

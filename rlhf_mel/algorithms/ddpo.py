@@ -19,19 +19,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
-from rlhf_mel.algorithms.base import AlgorithmBase
 from rlhf_mel.algorithms.families.advantages import EPSILON, check_scaling
 from rlhf_mel.algorithms.families.policy_gradient import (
-    Clip,
-    Collected,
+    PolicyGradientAlgorithm,
+    ScoredTrajectories,
     check_clipping,
     check_sde_window,
-    policy_gradient_loss,
 )
 from rlhf_mel.flow.sde import SDE
-from rlhf_mel.metrics import Metrics, score_metrics
+from rlhf_mel.metrics import score_metrics
 from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts, Scores
 
@@ -48,8 +48,10 @@ class PromptStatistics:
         self._scaled = scaled
         self._rewards: dict[int, deque[float]] = {}
 
-    def advantages(self, rewards: Tensor, group_ids: Sequence[int], everyone: Sequence[tuple[int, float]]) -> Tensor:
-        """Advantages [B] of `rewards` [B], 0 where a reward is not finite.
+    def advantages(
+        self, rewards: Float[Tensor, " b"], group_ids: Sequence[int], everyone: Sequence[tuple[int, float]]
+    ) -> Float[Tensor, " b"]:
+        """Advantages of `rewards`, 0 where a reward is not finite.
 
         everyone: group id and reward of each rollout of all processes, these included; they are remembered.
         """
@@ -58,17 +60,19 @@ class PromptStatistics:
             self._rewards.setdefault(group, deque(maxlen=max(self._buffer, 1))).append(reward)
         batch = _standardiser([reward for _, reward in finite], self._scaled)
         known = {group for group in group_ids if self._knows(group)}
-        own = {group: _standardiser(self._rewards[group], self._scaled) for group in known}
+        of_group = {group: _standardiser(self._rewards[group], self._scaled) for group in known}
         rows = zip(group_ids, rewards.tolist(), strict=True)
-        return torch.tensor([own.get(group, batch)(reward) for group, reward in rows], device=rewards.device)
+        return torch.tensor([of_group.get(group, batch)(reward) for group, reward in rows], device=rewards.device)
 
     def _knows(self, group: int) -> bool:
         return self._buffer > 0 and len(self._rewards.get(group, ())) >= self._min_count
 
     def state_dict(self) -> dict[int, list[float]]:
+        """The remembered rewards by group id."""
         return {group: list(last) for group, last in self._rewards.items()}
 
     def load_state_dict(self, state: Mapping[int, Sequence[float]]) -> None:
+        """Restore what `state_dict` gave."""
         self._rewards = {group: deque(last, maxlen=max(self._buffer, 1)) for group, last in state.items()}
 
 
@@ -87,15 +91,19 @@ def gathered(values: list[Any]) -> list[Any]:
         return values
     lists: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(lists, values)
-    return [value for own in lists for value in own]
+    return [value for of_rank in lists for value in of_rank]
 
 
-class DDPO(AlgorithmBase):
+class DDPO(PolicyGradientAlgorithm):
+    """PPO on every random step, rewards compared with the batch or with a prompt's own past; see the top."""
+
     name = "ddpo"
     default_beta = 0.0
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
+        """Noise, clipping, and what rewards are compared with."""
+
         sde: str = "exponential"
         """Noise of the random steps: 'exponential', 'flow_sde' or 'flow_cps' (see flow/sde.py)."""
         noise_level: float = 0.7
@@ -131,38 +139,33 @@ class DDPO(AlgorithmBase):
                 )
             if self.window_range is not None and len(self.window_range) != 2:
                 raise ValueError(f"window_range of ddpo: expected [first, stop), got {self.window_range!r}")
-            _ = self.step_noise
+            SDE(kind=self.sde, noise_level=self.noise_level)  # raises
 
-        @property
-        def step_noise(self) -> SDE:
-            return SDE(kind=self.sde, noise_level=self.noise_level)
-
-        @property
-        def clip(self) -> Clip:
-            return Clip(low=self.epsilon, high=self.epsilon if self.epsilon_high is None else self.epsilon_high)
+    config: Config
 
     def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
-        self.config = config or self.Config()
-        self.beta = beta
+        super().__init__(config, beta=beta)
         self._statistics: dict[str, PromptStatistics] = {}
 
+    @override
     def check(self, pipeline: Pipeline) -> None:
-        check_sde_window(self.name, pipeline, self.config.step_noise, self._window(pipeline))
+        check_sde_window(self.name, pipeline, self.step_noise, self._window(pipeline))
 
     def _window(self, pipeline: Pipeline) -> range:
         if self.config.window_range is not None:
             return range(*self.config.window_range)
-        return self.config.step_noise.random_steps(pipeline.sampling.steps)
+        return self.step_noise.random_steps(pipeline.sampling.steps)
 
-    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> Collected:
-        sde, window = self.config.step_noise, self._window(pipeline)
-        spoken, trajectories = pipeline.sde_rollout(prompts, generator, sde=sde, window=window)
-        scores = pipeline.score(spoken, prompts)
+    @override
+    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> ScoredTrajectories:
+        sde, window = self.step_noise, self._window(pipeline)
+        rollouts, trajectories = pipeline.sde_rollout(prompts, generator, sde=sde, window=window)
+        scores = pipeline.score(rollouts, prompts)
         weights = dict(zip(pipeline.rewards.names, pipeline.rewards.weights, strict=True))
         group_ids = [0] * len(prompts) if prompts.group_ids is None else prompts.group_ids.tolist()
         advantages = self._advantages(scores, weights, group_ids)
         dropped = ~scores.total.isfinite()
-        return Collected(
+        return ScoredTrajectories(
             trajectories=trajectories,
             advantages=advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip),
             dropped=dropped,
@@ -194,15 +197,12 @@ class DDPO(AlgorithmBase):
             self._statistics[name] = PromptStatistics(buffer, least, scaled=scaled)
         return self._statistics[name]
 
-    def loss(self, pipeline: Pipeline, collected: Collected, generator: torch.Generator) -> tuple[Tensor, Metrics]:
-        clip, reference = self.config.clip, pipeline.reference
-        loss, metrics = policy_gradient_loss(pipeline.policy, reference, collected, clip=clip, beta=self.beta)
-        return loss, {**collected.metrics, **metrics}
-
     def state_dict(self) -> dict[str, dict[int, list[float]]]:
+        """The remembered rewards by name of the reward and group id."""
         return {name: statistics.state_dict() for name, statistics in self._statistics.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[int, Sequence[float]]]) -> None:
+        """Restore what `state_dict` gave."""
         for name, rewards in state.items():
             self._statistics_of(name).load_state_dict(rewards)
 

@@ -23,32 +23,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
-from rlhf_mel.algorithms.base import LaggedAlgorithm
 from rlhf_mel.algorithms.families.forward_process import (
     Draw,
     ForwardProcessOptions,
-    Samples,
-    anchor_to,
-    anchors,
-    check_options,
+    LaggedSamples,
+    OldPolicyAlgorithm,
+    anchored_loss,
     check_positive,
-    collect_samples,
-    regress,
 )
-from rlhf_mel.flow.ema import LaggedPolicy, MovingAverage, check_lag
+from rlhf_mel.flow.ema import check_lag
 from rlhf_mel.masked import counted_mean, kept_mean
 from rlhf_mel.metrics import Metrics
 from rlhf_mel.pipeline import Pipeline
-from rlhf_mel.types import Prompts
 
 LEAST_ERROR = 1e-5
 """Of a predicted mel, in the adaptive weight; the repository's."""
 
 
-def nft_loss(draw: Draw, *, strength: float, advantage_clip: float, adaptive: bool) -> Tensor:
-    """(c / b) (p |v+ - u|^2 + (1 - p) |v- - u|^2), one value [b] a sample."""
+def nft_loss(draw: Draw, *, strength: float, advantage_clip: float, adaptive: bool) -> Float[Tensor, " b"]:
+    """(c / b) (p |v+ - u|^2 + (1 - p) |v- - u|^2) of each sample."""
     old, step = draw.others["old"], strength * (draw.velocity - draw.others["old"])
     probability = (1 + draw.advantages / advantage_clip) / 2
     attracted = squared_error(draw, old + step, adaptive)
@@ -56,8 +53,8 @@ def nft_loss(draw: Draw, *, strength: float, advantage_clip: float, adaptive: bo
     return advantage_clip / strength * (probability * attracted + (1 - probability) * repelled)
 
 
-def squared_error(draw: Draw, v: Tensor, adaptive: bool) -> Tensor:
-    """Mean [b] of (v - u)^2; `adaptive`: of the predicted mel's square error, over its mean absolute error."""
+def squared_error(draw: Draw, v: Float[Tensor, "b n m"], adaptive: bool) -> Float[Tensor, " b"]:
+    """Mean of (v - u)^2; `adaptive`: of the predicted mel's square error, over its mean absolute error."""
     if not adaptive:
         return draw.mse(v, draw.target)
     size = counted_mean((v - draw.target).abs(), draw.counted).detach()
@@ -65,19 +62,17 @@ def squared_error(draw: Draw, v: Tensor, adaptive: bool) -> Tensor:
     return remaining.square() * draw.mse(v, draw.target) / (remaining * size).clamp(min=LEAST_ERROR)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Collected:
-    samples: Samples
-    old: MovingAverage
+class DiffusionNFT(OldPolicyAlgorithm):
+    """Flow matching on both sides of the old policy; see the top."""
 
-
-class DiffusionNFT(LaggedAlgorithm):
     name = "diffusion_nft"
     needs_groups = True
     default_beta = 1e-4
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ForwardProcessOptions):
+        """The family's, how far the two sides are apart, and how the old policy follows."""
+
         strength: float = 1.0
         """b: below 1, larger steps from the old policy. Paper: 1, for OCR 0.1."""
         adaptive_weighting: bool = True
@@ -88,7 +83,7 @@ class DiffusionNFT(LaggedAlgorithm):
         """Its limit, below 1; 0: the old policy is the one of the last update. Paper: 0.5."""
 
         def __post_init__(self) -> None:
-            check_options("diffusion_nft", self)
+            self.check("diffusion_nft")
             check_positive("diffusion_nft", "strength", self.strength)
             check_lag("diffusion_nft", self.old_decay_rate, self.old_decay_max)
             if self.advantage_clip == float("inf"):
@@ -96,23 +91,15 @@ class DiffusionNFT(LaggedAlgorithm):
                     "advantage_clip of diffusion_nft: expected a finite number, which makes A a probability"
                 )
 
-    def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
-        self.config = config or self.Config()
-        self.beta = beta
-        self._lagged = LaggedPolicy(self.config.old_decay_rate, self.config.old_decay_max)
+    config: Config
 
-    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> Collected:
-        old = self._lagged.refreshed(pipeline.policy)
-        with old.applied():
-            return Collected(samples=collect_samples(pipeline, prompts, generator, self.config), old=old)
-
-    def loss(self, pipeline: Pipeline, collected: Collected, generator: torch.Generator) -> tuple[Tensor, Metrics]:
-        samples, others = collected.samples, {"old": collected.old, **anchor_to(pipeline.reference)}
-        values = regress(pipeline.policy, samples, self._values, self.config, generator, **others)
+    @override
+    def loss(
+        self, pipeline: Pipeline, collected: LaggedSamples, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], Metrics]:
+        samples, values = collected.samples, self.regressed(pipeline, collected, self._values, generator)
         loss = kept_mean(values.pop("nft_loss"), samples.dropped)
-        if "anchor" in values:
-            loss = loss + self.beta * values["anchor"].mean()
-        return loss, {**samples.metrics, **{name: value.detach() for name, value in values.items()}}
+        return anchored_loss(loss, samples, values, anchor=self.beta)
 
     def _values(self, draw: Draw) -> dict[str, Tensor]:
         config = self.config
@@ -122,7 +109,7 @@ class DiffusionNFT(LaggedAlgorithm):
             advantage_clip=config.advantage_clip,
             adaptive=config.adaptive_weighting,
         )
-        return {"nft_loss": loss, "old_deviation": draw.mse(draw.velocity, draw.others["old"]), **anchors(draw)}
+        return {"nft_loss": loss, "old_deviation": draw.mse(draw.velocity, draw.others["old"]), **draw.anchors()}
 
 
 algorithm = DiffusionNFT

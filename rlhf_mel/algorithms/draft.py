@@ -14,21 +14,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from rlhf_mel.algorithms.base import AlgorithmBase
-from rlhf_mel.algorithms.families.pathwise import draft_loss, pathwise_scores
+from rlhf_mel.algorithms.families.pathwise import check_grad_steps, draft_loss, pathwise_scores
 from rlhf_mel.metrics import Metrics
-from rlhf_mel.pipeline import Pipeline, require_reward_gradient
+from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts
 
 
 class Draft(AlgorithmBase):
+    """The reward's gradient through the last K steps; see the top."""
+
     name = "draft"
     reward_gradient = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
+        """How far back the gradient goes."""
+
         grad_steps: int | None = 1
         """K: velocities that are differentiated, counted from the end; None: all. Paper: 1 works best."""
 
@@ -39,22 +45,20 @@ class Draft(AlgorithmBase):
                     f"got {self.grad_steps!r}"
                 )
 
-    def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
-        self.config = config or self.Config()
-        self.beta = beta
+    config: Config
 
+    @override
     def check(self, pipeline: Pipeline) -> None:
-        require_reward_gradient(self.name, pipeline)
-        if (self.config.grad_steps or 0) > pipeline.sampling.steps:
-            raise ValueError(
-                f"grad_steps of draft: expected at most the {pipeline.sampling.steps} sampling_steps, "
-                f"got {self.config.grad_steps}"
-            )
+        super().check(pipeline)
+        check_grad_steps("grad_steps of draft", self.config.grad_steps or 0, pipeline)
 
-    def loss(self, pipeline: Pipeline, collected: Prompts, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+    @override
+    def loss(
+        self, pipeline: Pipeline, collected: Prompts, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], Metrics]:
         grad_steps = self.config.grad_steps or pipeline.sampling.steps
-        spoken, anchor = pipeline.rollout(collected, generator, grad_steps=grad_steps)
-        rewards, metrics = pathwise_scores(pipeline, spoken, collected)
+        rollouts, anchor = pipeline.rollout(collected, generator, grad_steps=grad_steps)
+        rewards, metrics = pathwise_scores(pipeline, rollouts, collected)
         return draft_loss(rewards, anchor, self.beta), metrics | {"anchor": anchor.detach()}
 
 

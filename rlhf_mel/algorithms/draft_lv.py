@@ -22,32 +22,40 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from rlhf_mel.algorithms.base import AlgorithmBase
 from rlhf_mel.algorithms.families.pathwise import draft_loss, pathwise_scores
 from rlhf_mel.flow.noise import item_generators, item_noise
 from rlhf_mel.flow.path import interpolate
-from rlhf_mel.flow.policy import rollout
+from rlhf_mel.flow.policy import rollout, with_durations
 from rlhf_mel.flow.start_states import Restarted, begin_at
 from rlhf_mel.metrics import Metrics
-from rlhf_mel.pipeline import Pipeline, require_reward_gradient
+from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts
 
 
-def renoised(x1: Tensor, durations_frames: Tensor, t: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """(1 - t) eps + t x_1 of each row of x1 [B, T, M], cut to its own frames; distinct noise for each."""
+def renoised(
+    x1: Float[Tensor, "b n m"], durations_frames: Int[Tensor, " b"], t: Float[Tensor, ""], generator: torch.Generator
+) -> list[Tensor]:
+    """(1 - t) eps + t x_1 of each row, [n, m], cut to its own frames; distinct noise for each."""
     frames = durations_frames.tolist()
     noise = item_noise(frames, x1.shape[-1], item_generators(generator, len(x1)), x1.device, x1.dtype)
     return [state[:length] for state, length in zip(interpolate(noise, x1, t), frames, strict=True)]
 
 
 class DraftLV(AlgorithmBase):
+    """DRaFT-1 with n last steps from each rollout; see the top."""
+
     name = "draft_lv"
     reward_gradient = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
+        """How many last steps there are."""
+
         num_renoisings: int = 2
         """n: last steps taken from one sample. Each costs one velocity with gradient, one vocoder and reward pass."""
 
@@ -57,28 +65,26 @@ class DraftLV(AlgorithmBase):
                     f"num_renoisings of draft_lv: expected a whole number of at least 1, got {self.num_renoisings!r}"
                 )
 
-    def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
-        self.config = config or self.Config()
-        self.beta = beta
+    config: Config
 
-    def check(self, pipeline: Pipeline) -> None:
-        require_reward_gradient(self.name, pipeline)
-
-    def loss(self, pipeline: Pipeline, collected: Prompts, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+    @override
+    def loss(
+        self, pipeline: Pipeline, collected: Prompts, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], Metrics]:
         policy, sampling = pipeline.policy, pipeline.sampling
         options = dataclasses.asdict(sampling)
         samples = rollout(policy, collected, generator=generator, grad_steps=0, return_trajectory=True, **options)
         assert samples.trajectory is not None
         # group_ids would make groups of the n last steps
-        copies = dataclasses.replace(collected, durations_frames=policy.durations(collected), group_ids=None)
+        copies = dataclasses.replace(with_durations(policy, collected), group_ids=None)
         copies = copies.select([row for row in range(len(collected)) for _ in range(self.config.num_renoisings)])
         assert copies.durations_frames is not None
         x1 = samples.trajectory[-1].repeat_interleave(self.config.num_renoisings, dim=0)
         times = policy.timesteps(sampling.steps, sway_sampling_coef=sampling.sway_sampling_coef)[-2:]
         states = renoised(x1, copies.durations_frames, times[0], generator)
         last_step = dataclasses.replace(pipeline, policy=Restarted(policy, times))
-        spoken, anchor = last_step.rollout(begin_at(copies, states), generator, grad_steps=1)
-        rewards, metrics = pathwise_scores(pipeline, spoken, copies)
+        rollouts, anchor = last_step.rollout(begin_at(copies, states), generator, grad_steps=1)
+        rewards, metrics = pathwise_scores(pipeline, rollouts, copies)
         return draft_loss(rewards, anchor, self.beta), metrics | {"anchor": anchor.detach()}
 
 

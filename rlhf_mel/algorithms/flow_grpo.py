@@ -21,19 +21,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from typing_extensions import override
 
-from rlhf_mel.algorithms.base import AlgorithmBase
+from rlhf_mel.algorithms.base import Clip
 from rlhf_mel.algorithms.families.advantages import check_scaling, score_advantages
 from rlhf_mel.algorithms.families.policy_gradient import (
-    Clip,
-    Collected,
+    PolicyGradientAlgorithm,
+    ScoredTrajectories,
     check_clipping,
     check_sde_window,
-    policy_gradient_loss,
 )
 from rlhf_mel.flow.sde import SDE
-from rlhf_mel.metrics import Metrics, score_metrics
+from rlhf_mel.metrics import score_metrics
 from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts
 
@@ -52,13 +51,17 @@ def window_at(first: int, stop: int, size: int | None, position: int) -> range:
     return range(start, start + size)
 
 
-class FlowGRPO(AlgorithmBase):
+class FlowGRPO(PolicyGradientAlgorithm):
+    """PPO on a window of random steps, rewards compared within the group; see the top."""
+
     name = "flow_grpo"
     needs_groups = True
     default_beta = 0.04
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
+        """Noise, window, clipping, and how advantages are scaled."""
+
         sde: str = "exponential"
         """Noise of the random steps: 'exponential', 'flow_sde' (the paper's) or 'flow_cps' (see flow/sde.py)."""
         noise_level: float = 0.7
@@ -92,7 +95,7 @@ class FlowGRPO(AlgorithmBase):
             check_clipping("flow_grpo", self.epsilon, self.epsilon_high, self.advantage_clip)
             check_scaling("flow_grpo", self.scale_rewards, self.multi_objective_aggregation)
             self._check_window()
-            _ = self.step_noise
+            SDE(kind=self.sde, noise_level=self.noise_level)  # raises
 
         def _check_window(self) -> None:
             for option in ("window_size", "window_shift_every"):
@@ -105,28 +108,26 @@ class FlowGRPO(AlgorithmBase):
             if bounds is not None and (len(bounds) != 2 or not 0 <= bounds[0] < bounds[1]):
                 raise ValueError(f"window_range of flow_grpo: expected [first, stop) with first < stop, got {bounds!r}")
 
-        @property
-        def step_noise(self) -> SDE:
-            return SDE(kind=self.sde, noise_level=self.noise_level)
-
-        @property
-        def clip(self) -> Clip:
-            high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-            return Clip(low=self.epsilon, high=high, guard=self.guard)
+    config: Config
 
     def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
-        self.config = config or self.Config()
-        self.beta = beta
+        super().__init__(config, beta=beta)
         self._updates = 0
 
+    @override
     def check(self, pipeline: Pipeline) -> None:
         first, stop = self._window_range(pipeline)
-        check_sde_window(self.name, pipeline, self.config.step_noise, range(first, stop))
+        check_sde_window(self.name, pipeline, self.step_noise, range(first, stop))
         if (self.config.window_size or 1) > stop - first:
             raise ValueError(
                 f"window_size of flow_grpo: expected at most the {stop - first} steps of [{first}, {stop}), got "
                 f"{self.config.window_size}; set window_range or raise sampling_steps"
             )
+
+    @property
+    @override
+    def clip(self) -> Clip:
+        return Clip.of(self.config.epsilon, self.config.epsilon_high, guard=self.config.guard)
 
     def _window_range(self, pipeline: Pipeline) -> tuple[int, int]:
         if self.config.window_range is not None:
@@ -135,7 +136,7 @@ class FlowGRPO(AlgorithmBase):
         sampling = pipeline.sampling
         t = pipeline.policy.timesteps(sampling.steps, sway_sampling_coef=sampling.sway_sampling_coef)
         first, stop = (int((t < time).sum()) for time in WINDOW_TIMES)
-        stop = min(stop, self.config.step_noise.random_steps(sampling.steps).stop)
+        stop = min(stop, self.step_noise.random_steps(sampling.steps).stop)
         return max(1, min(first, stop - (self.config.window_size or 1))), stop
 
     def _window(self, pipeline: Pipeline, generator: torch.Generator) -> range:
@@ -144,12 +145,13 @@ class FlowGRPO(AlgorithmBase):
         position = drawn if every is None else self._updates // every
         return window_at(*self._window_range(pipeline), self.config.window_size, position)
 
-    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> Collected:
+    @override
+    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> ScoredTrajectories:
         config, window = self.config, self._window(pipeline, generator)
-        spoken, trajectories = pipeline.sde_rollout(
-            prompts, generator, sde=config.step_noise, window=window, shared_prior=config.shared_prior
+        rollouts, trajectories = pipeline.sde_rollout(
+            prompts, generator, sde=self.step_noise, window=window, shared_prior=config.shared_prior
         )
-        scores = pipeline.score(spoken, prompts)
+        scores = pipeline.score(rollouts, prompts)
         advantages = score_advantages(
             scores,
             dict(zip(pipeline.rewards.names, pipeline.rewards.weights, strict=True)),
@@ -158,7 +160,7 @@ class FlowGRPO(AlgorithmBase):
             multi_objective_aggregation=config.multi_objective_aggregation,
         )
         dropped = ~scores.total.isfinite()
-        return Collected(
+        return ScoredTrajectories(
             trajectories=trajectories,
             advantages=advantages.clamp(-config.advantage_clip, config.advantage_clip),
             dropped=dropped,
@@ -166,18 +168,16 @@ class FlowGRPO(AlgorithmBase):
             | {"dropped_rollouts": dropped, "window_start": torch.tensor(float(window.start))},
         )
 
-    def loss(self, pipeline: Pipeline, collected: Collected, generator: torch.Generator) -> tuple[Tensor, Metrics]:
-        clip, reference = self.config.clip, pipeline.reference
-        loss, metrics = policy_gradient_loss(pipeline.policy, reference, collected, clip=clip, beta=self.beta)
-        return loss, {**collected.metrics, **metrics}
-
+    @override
     def on_update(self, pipeline: Pipeline) -> None:
         self._updates += 1
 
     def state_dict(self) -> dict[str, int]:
+        """How many updates there were: where the window is."""
         return {"updates": self._updates}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Restore what `state_dict` gave."""
         self._updates = state["updates"]
 
 

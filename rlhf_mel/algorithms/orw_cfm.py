@@ -22,16 +22,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from rlhf_mel.algorithms.base import AlgorithmBase
 from rlhf_mel.algorithms.families.forward_process import (
     Draw,
     ForwardProcessOptions,
     Samples,
-    anchor_to,
-    anchors,
-    check_options,
+    anchored_loss,
     check_positive,
     collect_samples,
     regress,
@@ -44,33 +44,39 @@ from rlhf_mel.types import Prompts
 NORMALIZATIONS = ("group", "batch")
 
 
-def reward_weights(advantages: Tensor, group_ids: Tensor, dropped: Tensor, tau: float) -> Tensor:
-    """exp(tau A) [B] over its mean in the group, over the rows that are not dropped; 0 for those that are."""
+def reward_weights(
+    advantages: Float[Tensor, " b"], group_ids: Int[Tensor, " b"], dropped: Bool[Tensor, " b"], tau: float
+) -> Float[Tensor, " b"]:
+    """exp(tau A) over its mean in the group, over the rows that are not dropped; 0 for those that are."""
     weights = torch.zeros_like(advantages)
-    for group in group_ids.unique():
+    for group in torch.unique(group_ids):
         members = (group_ids == group) & ~dropped
         weights[members] = (tau * advantages[members]).softmax(0) * members.sum()
     return weights
 
 
-def effective_share(weights: Tensor) -> Tensor:
-    """(sum w)^2 / (B sum w^2): the share of the rollouts [B] that the weights let count; 1 where all are equal."""
+def effective_share(weights: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+    """(sum w)^2 / (b sum w^2): the share of the b rollouts that the weights let count; 1 where all are equal."""
     return weights.sum().square() / (len(weights) * weights.square().sum()).clamp(min=1e-12)
 
 
 class OrwCFM(AlgorithmBase):
+    """Flow matching to the policy's own samples, weighted by their rewards; see the top."""
+
     name = "orw_cfm"
     default_beta = 1.0
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ForwardProcessOptions):
+        """The family's, and how samples are weighted."""
+
         tau: float = 1.0
         """How much more a better rollout counts: exp(tau) times for an advantage of 1. Paper: a temperature to tune."""
         normalize_weights: str = "group"
         """Rollouts that share a mean weight and the baseline of advantages: those of a 'group', or of the 'batch'."""
 
         def __post_init__(self) -> None:
-            check_options("orw_cfm", self)
+            self.check("orw_cfm")
             check_positive("orw_cfm", "tau", self.tau)
             if self.normalize_weights not in NORMALIZATIONS:
                 raise ValueError(
@@ -78,14 +84,13 @@ class OrwCFM(AlgorithmBase):
                     f"got {self.normalize_weights!r}"
                 )
 
-    def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
-        self.config = config or self.Config()
-        self.beta = beta
+    config: Config
 
+    @override
     def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> Samples:
         across_groups = self.config.normalize_weights == "batch"
         samples = collect_samples(pipeline, prompts, generator, self.config, across_groups=across_groups)
-        if len(samples.group_ids.unique()) == len(samples.group_ids):
+        if len(torch.unique(samples.group_ids)) == len(samples.group_ids):
             raise ValueError(
                 f"algorithm 'orw_cfm' with normalize_weights {self.config.normalize_weights!r} compares nothing: "
                 f"expected rollouts that share a group, got {len(samples.group_ids)} groups of one; raise "
@@ -93,18 +98,19 @@ class OrwCFM(AlgorithmBase):
             )
         return samples
 
-    def loss(self, pipeline: Pipeline, collected: Samples, generator: torch.Generator) -> tuple[Tensor, Metrics]:
-        others = anchor_to(pipeline.reference)
-        values = regress(pipeline.policy, collected, self._values, self.config, generator, **others)
+    @override
+    def loss(
+        self, pipeline: Pipeline, collected: Samples, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], Metrics]:
+        policy, reference = pipeline.policy, pipeline.reference
+        values = regress(policy, collected, self._values, self.config, generator, reference=reference)
         weights = reward_weights(collected.advantages, collected.group_ids, collected.dropped, self.config.tau)
         loss = kept_mean(weights * values["flow_matching_loss"], collected.dropped)
-        if "anchor" in values:
-            loss = loss + self.beta * values["anchor"].mean()
-        logged = {name: value.detach() for name, value in values.items()}
-        return loss, {**collected.metrics, **logged, "effective_share": effective_share(weights)}
+        loss, metrics = anchored_loss(loss, collected, values, anchor=self.beta)
+        return loss, metrics | {"effective_share": effective_share(weights)}
 
     def _values(self, draw: Draw) -> dict[str, Tensor]:
-        return {"flow_matching_loss": draw.mse(draw.velocity, draw.target), **anchors(draw)}
+        return {"flow_matching_loss": draw.mse(draw.velocity, draw.target), **draw.anchors()}
 
 
 algorithm = OrwCFM

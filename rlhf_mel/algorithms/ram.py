@@ -23,44 +23,39 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
-from rlhf_mel.algorithms.base import LaggedAlgorithm
 from rlhf_mel.algorithms.families.forward_process import (
     Draw,
     ForwardProcessOptions,
-    Samples,
-    anchor_to,
-    anchors,
-    check_options,
-    collect_samples,
-    regress,
+    LaggedSamples,
+    OldPolicyAlgorithm,
+    anchored_loss,
 )
-from rlhf_mel.flow.ema import LaggedPolicy, MovingAverage, check_lag
+from rlhf_mel.flow.ema import check_lag
 from rlhf_mel.metrics import Metrics
 from rlhf_mel.pipeline import Pipeline
-from rlhf_mel.types import Prompts
 
 
-def ram_target(draw: Draw, beta: float) -> Tensor:
-    """v_ref + A / beta (u - v_old), [b, T, M]."""
+def ram_target(draw: Draw, beta: float) -> Float[Tensor, "b n m"]:
+    """v_ref + A / beta (u - v_old)."""
     shift = draw.target - draw.others["old"]
     return draw.others["reference"] + (draw.advantages / beta)[:, None, None] * shift
 
 
-@dataclass(frozen=True, kw_only=True)
-class Collected:
-    samples: Samples
-    old: MovingAverage
+class RAM(OldPolicyAlgorithm):
+    """Regression of the reference's velocity, corrected by the advantage; see the top."""
 
-
-class RAM(LaggedAlgorithm):
     name = "ram"
     needs_groups = True
     default_beta = 0.01
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ForwardProcessOptions):
+        """The family's with the paper's defaults, and how the old policy follows."""
+
         num_noise_samples: int = 8
         """Draws of time and noise for each rollout and update. Paper: 8."""
         time_power: float = 1.0
@@ -75,14 +70,15 @@ class RAM(LaggedAlgorithm):
         """Its limit, below 1; 0: the old policy is the one of the last update. Paper: 0.9."""
 
         def __post_init__(self) -> None:
-            check_options("ram", self)
+            self.check("ram")
             check_lag("ram", self.old_decay_rate, self.old_decay_max)
 
-    def __init__(self, config: Config | None = None, *, beta: float = default_beta) -> None:
-        self.config = config or self.Config()
-        self.beta = beta
-        self._lagged = LaggedPolicy(self.config.old_decay_rate, self.config.old_decay_max)
+    config: Config
 
+    def __init__(self, config: Config | None = None, *, beta: float = default_beta) -> None:
+        super().__init__(config, beta=beta)
+
+    @override
     def check(self, pipeline: Pipeline) -> None:
         if pipeline.reference is None or not self.beta > 0:
             raise ValueError(
@@ -90,20 +86,17 @@ class RAM(LaggedAlgorithm):
                 f"{self.default_beta:g} is the paper's"
             )
 
-    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> Collected:
-        old = self._lagged.refreshed(pipeline.policy)
-        with old.applied():
-            return Collected(samples=collect_samples(pipeline, prompts, generator, self.config), old=old)
-
-    def loss(self, pipeline: Pipeline, collected: Collected, generator: torch.Generator) -> tuple[Tensor, Metrics]:
-        samples, others = collected.samples, {"old": collected.old, **anchor_to(pipeline.reference)}
-        values = regress(pipeline.policy, samples, self._values, self.config, generator, **others)
+    @override
+    def loss(
+        self, pipeline: Pipeline, collected: LaggedSamples, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], Metrics]:
+        samples, values = collected.samples, self.regressed(pipeline, collected, self._values, generator)
         loss = self.beta * values.pop("ram_loss").mean()  # without a reward A is 0: those rows are anchored only
-        return loss, {**samples.metrics, **{name: value.detach() for name, value in values.items()}}
+        return anchored_loss(loss, samples, values)
 
     def _values(self, draw: Draw) -> dict[str, Tensor]:
         loss = draw.mse(draw.velocity, ram_target(draw, self.beta))
-        return {"ram_loss": loss, "old_deviation": draw.mse(draw.velocity, draw.others["old"]), **anchors(draw)}
+        return {"ram_loss": loss, "old_deviation": draw.mse(draw.velocity, draw.others["old"]), **draw.anchors()}
 
 
 algorithm = RAM

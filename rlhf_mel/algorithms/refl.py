@@ -14,18 +14,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from rlhf_mel.algorithms.base import AlgorithmBase
 from rlhf_mel.algorithms.families.pathwise import pathwise_scores
 from rlhf_mel.masked import finite_mean
 from rlhf_mel.metrics import Metrics
-from rlhf_mel.pipeline import Pipeline, require_reward_gradient
+from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts
 
 
-def refl_loss(rewards: Tensor, anchor: Tensor, beta: float, margin: float | None) -> Tensor:
-    """mean(phi(rewards [B]), the finite ones) + beta mean(anchor [B])."""
+def refl_loss(
+    rewards: Float[Tensor, " b"], anchor: Float[Tensor, " b"], beta: float, margin: float | None
+) -> Float[Tensor, ""]:
+    """mean(phi(rewards), the finite ones) + beta mean(anchor)."""
     phi = -rewards if margin is None else torch.relu(margin - rewards)
     return finite_mean(phi) + beta * anchor.mean()
 
@@ -36,11 +40,15 @@ def window_start(steps: int, window: float) -> int:
 
 
 class Refl(AlgorithmBase):
+    """The reward's gradient through one step to the end from a late, random time; see the top."""
+
     name = "refl"
     reward_gradient = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
+        """From where the step is taken, and which rollouts teach."""
+
         window: float = 0.25
         """Share of the steps, counted from the end, that the jump may start from. Paper: 10 of 40."""
         margin: float | None = None
@@ -52,19 +60,17 @@ class Refl(AlgorithmBase):
             if self.margin is not None and not isinstance(self.margin, int | float):
                 raise ValueError(f"margin of refl: expected a reward or null, got {self.margin!r}")
 
-    def __init__(self, config: Config | None = None, *, beta: float = 0.0) -> None:
-        self.config = config or self.Config()
-        self.beta = beta
+    config: Config
 
-    def check(self, pipeline: Pipeline) -> None:
-        require_reward_gradient(self.name, pipeline)
-
-    def loss(self, pipeline: Pipeline, collected: Prompts, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+    @override
+    def loss(
+        self, pipeline: Pipeline, collected: Prompts, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], Metrics]:
         steps = pipeline.sampling.steps
         start = window_start(steps, self.config.window)
         step = int(torch.randint(start, steps, (), generator=generator))
-        spoken, anchor = pipeline.rollout(collected, generator, grad_steps=1, jump_from=step)
-        rewards, metrics = pathwise_scores(pipeline, spoken, collected)
+        rollouts, anchor = pipeline.rollout(collected, generator, grad_steps=1, jump_from=step)
+        rewards, metrics = pathwise_scores(pipeline, rollouts, collected)
         loss = refl_loss(rewards, anchor, self.beta, self.config.margin)
         return loss, metrics | {"anchor": anchor.detach(), "jump_step": torch.tensor(float(step))}
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_mel.algorithms.base import Algorithm
@@ -116,11 +117,13 @@ class Examination:
 
     @cached_property
     def ode(self) -> Rollout:
+        """Rollouts of the micro-batch without noise in the steps."""
         with self.case.precision():
             return self.case.pipeline.sample(self.case.prompts, seeded(self.case.seed))
 
     @cached_property
-    def ode_rewards(self) -> Tensor:
+    def ode_rewards(self) -> Float[Tensor, " b"]:
+        """Total score of those."""
         with torch.no_grad():
             return self.case.pipeline.score(self.ode, self.case.prompts).total
 
@@ -161,13 +164,13 @@ class Examination:
         pipeline = replace(self.case.pipeline, reference=None)
         grad_steps = 1 if pipeline.sampling.method in STEPWISE_METHODS else pipeline.sampling.steps
         with torch.enable_grad(), self.case.precision():
-            spoken, _ = pipeline.rollout(self.case.prompts, seeded(self.case.seed), grad_steps=grad_steps)
-            rewards, _ = pathwise_scores(pipeline, spoken, self.case.prompts)
+            rollouts, _ = pipeline.rollout(self.case.prompts, seeded(self.case.seed), grad_steps=grad_steps)
+            rewards, _ = pathwise_scores(pipeline, rollouts, self.case.prompts)
         return gradients_by(finite_mean(rewards), trainable(pipeline.policy))
 
     @property
-    def rewards(self) -> Tensor:
-        """Float [B]: of the algorithm's own rollouts, as logged; of the ODE's if it logs none, or several each."""
+    def rewards(self) -> Float[Tensor, " b"]:
+        """Of the algorithm's own rollouts, as logged; of the ODE's if it logs none, or several each."""
         logged = self.update.metrics.get("reward")
         return self.ode_rewards if logged is None or len(logged) != len(self.case.prompts) else logged.detach()
 
@@ -198,17 +201,19 @@ def run_update(case: Case, prompts: Prompts) -> Update:
 
 
 def trainable(policy: Any) -> dict[str, Tensor]:
+    """The weights that take a gradient, by name."""
     return {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
 
 
-def gradients_by(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """The gradient of `loss` by each weight, None where there is no path; `.grad` stays as it is."""
+def gradients_by(loss: Float[Tensor, ""], weights: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """The gradient of `loss` with respect to each weight, None where there is no path; `.grad` stays as it is."""
     if not loss.requires_grad or not weights:
         return dict.fromkeys(weights)
     return dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True))
 
 
 def skipped(name: str, reason: str) -> Finding:
+    """The finding of a check that has nothing to look at."""
     return Finding(name=name, status="skipped", numbers={}, advice=reason)
 
 
@@ -220,14 +225,16 @@ def _now(device: torch.device) -> float:
 
 
 def larger(most: float, values: Tensor) -> float:
-    """The larger of the two; infinite if a value is NaN."""
+    """The larger of `most` and the largest value; infinite if a value is NaN."""
     value = float(values.max())
     return math.inf if math.isnan(value) else max(most, value)
 
 
-def mean_of(values: Tensor) -> float:
+def mean_of(values: Float[Tensor, " b"]) -> float:
+    """Their mean; NaN without any."""
     return float(values.mean()) if len(values) else math.nan
 
 
-def std_of(values: Tensor) -> Tensor:
+def std_of(values: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+    """Their standard deviation (n - 1); 0 of one or none."""
     return values.std() if len(values) > 1 else values.new_zeros(())

@@ -47,7 +47,8 @@ class PeakMemory:
     def _taken(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device)
-        return psutil.Process().memory_info().rss
+        resident: int = psutil.Process().memory_info().rss
+        return resident
 
 
 def _return_freed_memory() -> None:
@@ -62,4 +63,5 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return psutil.virtual_memory().available
+    available: int = psutil.virtual_memory().available
+    return available

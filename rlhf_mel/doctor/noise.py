@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_mel.algorithms.base import Algorithm
-from rlhf_mel.algorithms.families.policy_gradient import Clip, Collected, ratios
+from rlhf_mel.algorithms.base import Clip
+from rlhf_mel.algorithms.families.policy_gradient import ratios
 from rlhf_mel.doctor.case import Case, Examination, Finding, Status, larger, mean_of, skipped, std_of
 from rlhf_mel.flow.noise import seeded
 from rlhf_mel.flow.sde import SDE, mean_log_prob
@@ -25,7 +25,7 @@ def check_zero_noise(exam: Examination) -> Finding:
     case = exam.case
     sampling = replace(case.pipeline.sampling, method="euler")
     pipeline, steps = replace(case.pipeline, sampling=sampling), sampling.steps
-    sde = SDE(kind=(noise_of(case.algorithm) or SDE()).kind, noise_level=0.0)
+    sde = SDE(kind=(case.algorithm.step_noise or SDE()).kind, noise_level=0.0)
     with case.precision():
         same = sampling == case.pipeline.sampling
         ode = exam.ode if same else pipeline.sample(case.prompts, seeded(case.seed))
@@ -46,14 +46,14 @@ def check_zero_noise(exam: Examination) -> Finding:
 
 def check_first_ratio(exam: Examination) -> Finding:
     """exp(log p_theta - log p_old) of the steps just taken, by the weights that took them: 1, as log p is the same."""
-    name, collected = "first ratio = 1", exam.update.collected
-    if not isinstance(collected, Collected):
-        return skipped(name, f"{exam.case.algorithm.name} uses no probabilities of steps")
-    clip = getattr(getattr(exam.case.algorithm, "config", None), "clip", Clip(low=math.inf, high=math.inf))
-    limit = first_ratio_limit(exam.case.algorithm)
+    name, algorithm = "first ratio = 1", exam.case.algorithm
+    clip, trajectories = algorithm.clip, algorithm.trajectories(exam.update.collected)
+    if clip is None or not trajectories:
+        return skipped(name, f"{algorithm.name} uses no probabilities of steps")
+    limit = first_ratio_limit(algorithm)
     # The ratio is exp of the difference of log p, and as far off; GRPO-Guard's is another, and so is its clip range.
     log_prob_limit = RATIO_TOLERANCE if clip.guard else limit
-    ratio_error, log_prob_error = first_ratio_errors(exam.case, collected.trajectories, clip)
+    ratio_error, log_prob_error = first_ratio_errors(exam.case, trajectories, clip)
     worst = max(ratio_error / limit, log_prob_error / log_prob_limit)
     status: Status = "fail" if worst > 1 else "warn" if worst > 0.1 else "pass"
     advice = (
@@ -86,10 +86,10 @@ def first_ratio_errors(case: Case, trajectories: Sequence[Trajectory], clip: Cli
 def check_sde_near_ode(exam: Examination) -> Finding:
     """Training uses SDE noise, evaluation does not: both should be worth about the same."""
     name = "SDE near ODE"
-    noise_level = max((t.sde.noise_level for t in trajectories_of(exam.update.collected)), default=0.0)
-    if noise_level == 0:
+    noise = exam.case.algorithm.step_noise
+    if noise is None or noise.noise_level == 0:
         return skipped(name, f"{exam.case.algorithm.name} rolls out without noise")
-    numbers = reward_difference(exam.rewards, exam.ode_rewards) | {"noise_level": noise_level}
+    numbers = reward_difference(exam.rewards, exam.ode_rewards) | {"noise_level": noise.noise_level}
     status, advice = _judge_difference(numbers)
     return Finding(name=name, status=status, numbers=numbers, advice=advice)
 
@@ -105,7 +105,7 @@ def _judge_difference(numbers: Mapping[str, float]) -> tuple[Status, str]:
     return "pass", ""
 
 
-def reward_difference(noisy: Tensor, ode: Tensor) -> dict[str, float]:
+def reward_difference(noisy: Float[Tensor, " b"], ode: Float[Tensor, " b"]) -> dict[str, float]:
     """Means over the rollouts that both scored, their paired difference, its standard error; spread of the ODE's."""
     noisy, ode = noisy.float().cpu(), ode.float().cpu()
     both = noisy.isfinite() & ode.isfinite()
@@ -130,14 +130,3 @@ def deviations(found: Rollout, expected: Rollout) -> list[float]:
 def _deviation(found: Tensor, expected: Tensor) -> float:
     difference = float((found - expected).square().mean().sqrt())
     return difference / max(float(expected.std()), 1e-12) if math.isfinite(difference) else math.inf
-
-
-def noise_of(algorithm: Algorithm) -> SDE | None:
-    """The noise of an algorithm's rollouts, where its Config has any."""
-    return getattr(getattr(algorithm, "config", None), "step_noise", None)
-
-
-def trajectories_of(collected: Any) -> list[Trajectory]:
-    """What an algorithm kept of SDE rollouts: itself, or with its targets."""
-    kept = list(getattr(collected, "trajectories", ()))
-    return kept + [targets.trajectory for targets in getattr(collected, "targets", ())]

@@ -12,7 +12,7 @@ from rlhf_mel.algorithms.base import Algorithm
 from rlhf_mel.doctor.case import Examination, Finding, Status, mean_of, std_of
 from rlhf_mel.doctor.noise import deviations
 from rlhf_mel.flow.noise import item_generators, of_rows, seeded
-from rlhf_mel.flow.policy import rollout
+from rlhf_mel.flow.policy import rollout, with_durations
 from rlhf_mel.training.first_batch import all_equal
 from rlhf_mel.types import Rollout
 
@@ -21,8 +21,8 @@ def check_reward_spread(exam: Examination) -> Finding:
     """Rollouts that are compared need rewards that differ, within their group or, alone in it, in the batch."""
     algorithm, rewards = exam.case.algorithm, exam.rewards.float().cpu()
     ids = torch.arange(len(rewards)) if exam.case.prompts.group_ids is None else exam.case.prompts.group_ids.cpu()
-    groups = [rewards[(ids == group) & rewards.isfinite()] for group in ids.unique()]
-    smallest = min(int((ids == group).sum()) for group in ids.unique())
+    groups = [rewards[(ids == group) & rewards.isfinite()] for group in torch.unique(ids)]
+    smallest = min(int((ids == group).sum()) for group in torch.unique(ids))
     finite = rewards[rewards.isfinite()]
     compared = groups if smallest > 1 else [finite]
     flat = sum(all_equal(group) for group in compared)
@@ -91,11 +91,12 @@ def rows_to_try(lengths_frames: Sequence[int]) -> list[int]:
 def _alone_deviation(exam: Examination, rows: Sequence[int]) -> float:
     """Worst deviation of `rows` solved one by one from `rows` solved at once, for which they get one duration."""
     case = exam.case
-    prompts = case.prompts.select(rows)
-    durations_frames = case.pipeline.policy.durations(prompts)
-    prompts = replace(prompts, durations_frames=torch.full_like(durations_frames, int(durations_frames.max())))
+    prompts = with_durations(case.pipeline.policy, case.prompts.select(rows))
+    assert prompts.durations_frames is not None
+    longest = int(prompts.durations_frames.max())
+    prompts = replace(prompts, durations_frames=torch.full_like(prompts.durations_frames, longest))
 
-    def spoken(items: Sequence[int]) -> Rollout:
+    def rolled_out(items: Sequence[int]) -> Rollout:
         noise = item_generators(seeded(case.seed), len(rows))
         options = asdict(case.pipeline.sampling)
         return rollout(
@@ -103,8 +104,8 @@ def _alone_deviation(exam: Examination, rows: Sequence[int]) -> float:
         )
 
     with case.precision():
-        together = spoken(range(len(rows)))
-        return max(deviations(spoken([item]), _item(together, item))[0] for item in range(len(rows)))
+        together = rolled_out(range(len(rows)))
+        return max(deviations(rolled_out([item]), _item(together, item))[0] for item in range(len(rows)))
 
 
 def _alone_reward_change(exam: Examination, row: int) -> float:
@@ -118,6 +119,6 @@ def _alone_reward_change(exam: Examination, row: int) -> float:
     return math.inf if math.isnan(change) else change
 
 
-def _item(spoken: Rollout, row: int) -> Rollout:
-    length = int(spoken.lengths_frames[row])
-    return Rollout(spoken.mel[row : row + 1, :length], spoken.lengths_frames[row : row + 1])
+def _item(rollouts: Rollout, row: int) -> Rollout:
+    length = int(rollouts.lengths_frames[row])
+    return Rollout(rollouts.mel[row : row + 1, :length], rollouts.lengths_frames[row : row + 1])

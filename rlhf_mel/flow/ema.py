@@ -4,11 +4,11 @@
 
 `MovingAverage` is one average and the policy with it in place: evaluated and saved beside the online weights (trainer),
 or a policy of its own. `LaggedPolicy` is the theta_old that DiffusionNFT (arXiv 2509.16117) and RAM (arXiv 2605.10759)
-let speak and compare theta with. It follows theta from collection to collection,
+let make the rollouts and compare theta with. It follows theta from collection to collection,
 
     theta_old <- decay_n theta_old + (1 - decay_n) theta,    decay_n = min(rate n, maximum),    n updates so far
 
-and holds still in between, so that all updates on one collection know the policy that spoke. Decay 0 is on-policy.
+and holds still in between, so that all updates on one collection know the policy of the rollouts. Decay 0 is on-policy.
 
 Only weights that are trained are averaged, so a LoRA run keeps a second set of adapters and nothing else.
 """
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_mel.flow.policy import evaluating
@@ -55,15 +56,15 @@ class MovingAverage:
     @contextmanager
     def applied(self) -> Iterator[Any]:
         """The policy with the average for its weights inside; outside, exceptions included, with its own again."""
-        own = [(name, parameter, parameter.data) for name, parameter in self._trained()]
+        trained = [(name, parameter, parameter.data) for name, parameter in self._trained()]
         try:
-            for name, parameter, _ in own:
+            for name, parameter, _ in trained:
                 # The data is exchanged, not overwritten: a graph that waits for its backward() keeps its weights.
                 parameter.data = self._average[name].to(parameter.dtype)
             torch.clear_autocast_cache()  # it knows a parameter by its identity, not by its data
             yield self.policy
         finally:
-            for _, parameter, data in own:
+            for _, parameter, data in trained:
                 parameter.data = data
             torch.clear_autocast_cache()
 
@@ -74,15 +75,22 @@ class MovingAverage:
             return policy.encode(prompts, cfg_strength=cfg_strength)
 
     @torch.no_grad()
-    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+    def velocity(self, x: Float[Tensor, "b n m"], t: Float[Tensor, " ..."], cond: Any) -> Float[Tensor, "b n m"]:
         """The averaged policy's velocity, without gradient."""
         with self.applied() as policy, evaluating(policy):
-            return policy.velocity(x, t, cond)
+            v: Tensor = policy.velocity(x, t, cond)
+        return v
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The averages by the name of their weight, at least float32."""
         return {name: average.clone() for name, average in self._average.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            ValueError: averages of other weights.
+        """
         if state.keys() != self._average.keys():
             differing = sorted(state.keys() ^ self._average.keys())
             raise ValueError(
@@ -124,13 +132,16 @@ class LaggedPolicy:
         return self._average
 
     def on_update(self) -> None:
+        """Count a step of the optimizer."""
         self._updates += 1
         self._behind = True
 
     def state_dict(self) -> dict[str, Any]:
+        """The average, and where it is in its schedule."""
         weights = {} if self._average is None else self._average.state_dict()
         return {"updates": self._updates, "behind": self._behind, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave, at the next `refreshed`."""
         self._updates, self._behind = state["updates"], state["behind"]
         self._saved, self._average = state["weights"] or None, None

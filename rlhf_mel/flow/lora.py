@@ -63,5 +63,6 @@ def lora_disabled(layers: Sequence[Any]) -> Iterator[None]:
 
 
 def only_lora_trains(policy: object) -> bool:
+    """Whether no weight is trained but those of LoRA layers."""
     named = policy.named_parameters() if isinstance(policy, nn.Module) else ()
     return all("lora_" in name for name, weight in named if weight.requires_grad)

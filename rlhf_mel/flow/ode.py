@@ -36,9 +36,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torchdiffeq import odeint
 
+from rlhf_mel.flow.path import State
 from rlhf_mel.flow.recompute import Velocity, differentiated
 
 GradSteps = int | Collection[int] | None
@@ -79,8 +81,8 @@ def timesteps(
     t_start: float = 0.0,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Increasing times [steps + 1] from t_start to 1, at least float32: half precision merges the first."""
+) -> Float[Tensor, " times"]:
+    """The steps + 1 increasing times from t_start to 1, at least float32: half precision merges the first."""
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     dtype = torch.promote_types(dtype, torch.float32)
@@ -95,8 +97,8 @@ def timesteps(
 
 def solve(
     velocity: Velocity,
-    x0: Tensor,
-    t: Tensor,
+    x0: State,
+    t: Float[Tensor, " times"],
     *,
     method: str = "euler",
     grad_steps: GradSteps = None,
@@ -104,8 +106,8 @@ def solve(
     constant: Velocity | None = None,
     preserve_rng_state: bool = False,
     odeint_kwargs: Mapping[str, Any] | None = None,
-) -> list[Tensor]:
-    """The K + 1 states [B, ...] of dx/dt = velocity(x, t) at times t [K + 1], beginning with x0 [B, ...].
+) -> list[State]:
+    """The K + 1 states of dx/dt = velocity(x, t) at the K + 1 times t, beginning with x0.
 
     A list, because stacking costs the gradient of the last state a copy of them all.
 
@@ -159,6 +161,8 @@ def _chosen_steps(grad_steps: GradSteps, steps: int) -> frozenset[int]:
 
 
 def without_gradient(velocity: Velocity) -> Velocity:
+    """`velocity` as a constant, in the dtype of x."""
+
     @torch.no_grad()
     def run(x: Tensor, t: Tensor) -> Tensor:
         return velocity(x, t).to(x.dtype)
@@ -176,10 +180,14 @@ def _midpoint(velocity: Velocity, x: Tensor, start: Tensor, end: Tensor) -> Tens
 
 
 STEPS: Mapping[str, Callable[..., Tensor]] = {"euler": _euler, "midpoint": _midpoint}
+"""Steps that are written out: (velocity, x, start, end) -> x at the end."""
 
 
 def torchdiffeq_step(method: str) -> Callable[..., Tensor]:
+    """One step of torchdiffeq's `method`, called as those of STEPS: (velocity, x, start, end) -> x at the end."""
+
     def step(velocity: Velocity, x: Tensor, start: Tensor, end: Tensor) -> Tensor:
-        return odeint(lambda t, y: velocity(y, t), x, torch.stack((start, end)), method=method)[-1]
+        states: Tensor = odeint(lambda t, y: velocity(y, t), x, torch.stack((start, end)), method=method)
+        return states[-1]
 
     return step

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from typing_extensions import override
 
 from rlhf_mel.flow.noise import Generators, item_generators, of_rows
 from rlhf_mel.flow.ode import GradSteps, solve
@@ -41,31 +43,31 @@ class Policy(Protocol):
         """All voices that it can speak in, by the names in prompts; empty: it clones any."""
         return ()
 
-    def durations(self, prompts: Prompts) -> Tensor:
-        """Long [B]: frames of reference plus generated speech, as asked for or by the policy's own rule."""
+    def durations(self, prompts: Prompts) -> Int[Tensor, " b"]:
+        """Frames of reference plus generated speech: `prompts.durations_frames`, else by the policy's own rule."""
         ...
 
     def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> Any:
         """All that the velocity needs to know of the prompts, with its graph: a pytree; once a solve.
 
-        It has an attribute `generated`, bool [B, T]: the frames that are the policy's work.
+        It has an attribute `generated`, bool [b, n]: the frames that are the policy's work.
         """
         ...
 
-    def prior(self, cond: Any, generator: Generators = None) -> Tensor:
-        """Noise x_0 [B, T, M], different for each item."""
+    def prior(self, cond: Any, generator: Generators = None) -> Float[Tensor, "b n m"]:
+        """Noise x_0, different for each item."""
         ...
 
-    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        """dx/dt [B, T, M]; pure, guidance included. t is a scalar, or [B]."""
+    def velocity(self, x: Float[Tensor, "b n m"], t: Float[Tensor, " ..."], cond: Any) -> Float[Tensor, "b n m"]:
+        """dx/dt; pure, guidance included. t is a scalar, or [b]."""
         ...
 
-    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
-        """Times [steps + 1] from 0 to 1."""
+    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Float[Tensor, " times"]:
+        """The steps + 1 times from 0 to 1."""
         ...
 
-    def finalize(self, x1: Tensor, cond: Any) -> Tensor:
-        """The end of the flow as log mel [B, T, M]: reference pasted in."""
+    def finalize(self, x1: Float[Tensor, "b n m"], cond: Any) -> Float[Tensor, "b n m"]:
+        """The end of the flow as log mel: reference pasted in."""
         ...
 
 
@@ -87,7 +89,7 @@ class FastGradients(Protocol):
         ...
 
     def differentiate(
-        self, run: Rerun, leaves: Sequence[Any], weights: Weights, cotangent: Tensor
+        self, run: Rerun, leaves: Sequence[Any], weights: Weights, cotangent: Float[Tensor, "b n m"]
     ) -> Sequence[Tensor | None]:
         """`recompute.differentiate` for this policy's velocity in eval mode."""
         ...
@@ -118,19 +120,25 @@ class PolicyWrapper(nn.Module):
         """The condition of the policy inside."""
         return cond
 
-    def durations(self, prompts: Prompts) -> Tensor:
+    def durations(self, prompts: Prompts) -> Int[Tensor, " b"]:
+        """See `Policy`."""
         return self.policy.durations(prompts)
 
     def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> Any:
+        """See `Policy`."""
         return self.policy.encode(prompts, cfg_strength=cfg_strength)
 
-    def prior(self, cond: Any, generator: Generators = None) -> Tensor:
+    def prior(self, cond: Any, generator: Generators = None) -> Float[Tensor, "b n m"]:
+        """See `Policy`."""
         return self.policy.prior(self.inner(cond), generator)
 
-    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+    def velocity(self, x: Float[Tensor, "b n m"], t: Float[Tensor, " ..."], cond: Any) -> Float[Tensor, "b n m"]:
+        """See `Policy`."""
         return self.policy.velocity(x, t, self.inner(cond))
 
-    def velocity_without_gradient(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
+    def velocity_without_gradient(
+        self, x: Float[Tensor, "b n m"], t: Float[Tensor, " ..."], cond: Any
+    ) -> Float[Tensor, "b n m"]:
         """In steps of a solve that are not differentiated."""
         return self.velocity(x, t, cond)
 
@@ -138,11 +146,39 @@ class PolicyWrapper(nn.Module):
         """See the function of that name."""
         return velocity_as_now(self.policy, self.inner(cond))
 
-    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
+    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Float[Tensor, " times"]:
+        """See `Policy`."""
         return self.policy.timesteps(steps, sway_sampling_coef=sway_sampling_coef)
 
-    def finalize(self, x1: Tensor, cond: Any) -> Tensor:
+    def finalize(self, x1: Float[Tensor, "b n m"], cond: Any) -> Float[Tensor, "b n m"]:
+        """See `Policy`."""
         return self.policy.finalize(x1, self.inner(cond))
+
+
+class ExtendedCondition(NamedTuple):
+    """A policy's condition, and what a wrapper around the policy needs besides."""
+
+    policy: Any
+    extra: Any
+    generated: Bool[Tensor, "b n"]
+    """The policy's own."""
+
+
+class ExtendingWrapper(PolicyWrapper):
+    """A wrapper that needs more of the prompts than the policy inside; its conditions are `ExtendedCondition`."""
+
+    def extra(self, prompts: Prompts, *, cfg_strength: float) -> Any:
+        """What it needs besides: a pytree, once a solve."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a method extra, got none")
+
+    @override
+    def inner(self, cond: ExtendedCondition) -> Any:
+        return cond.policy
+
+    @override
+    def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> ExtendedCondition:
+        cond = self.policy.encode(prompts, cfg_strength=cfg_strength)
+        return ExtendedCondition(cond, self.extra(prompts, cfg_strength=cfg_strength), cond.generated)
 
 
 def rollout(
@@ -158,7 +194,7 @@ def rollout(
     method: str = "euler",
     return_trajectory: bool = False,
 ) -> Rollout:
-    """Let the policy speak: the generated mel of each prompt, with gradients unless `grad_steps=0`.
+    """Sample from the policy: the generated mel of each prompt, with gradients unless `grad_steps=0`.
 
     Each item is what it would be alone: items of one total duration are solved together, others apart, since
     padding changes what attention and the text embedding compute. Runs in eval mode (dropout would be noise
@@ -171,7 +207,7 @@ def rollout(
     differentiable = grad_steps is None or bool(grad_steps)
     if differentiable:
         require_gradients("rollout", remedy="pass grad_steps=0 for samples without gradients")
-    prompts = replace(prompts, durations_frames=policy.durations(prompts))
+    prompts = with_durations(policy, prompts)
     generators = item_generators(generator, len(prompts))
     mels: dict[int, Tensor] = {}
     trajectories: dict[int, Tensor] = {}
@@ -195,6 +231,14 @@ def rollout(
                 if return_trajectory:
                     trajectories[row] = torch.stack([state[item] for state in states])
     return collect_rollout(mels, trajectories)
+
+
+def with_durations(policy: Policy, prompts: Prompts) -> Prompts:
+    """The prompts with the total frames that each gets: the one place that asks.
+
+    Those asked for, by a row's `duration_s` or the data set's duration rule, are there already; else the policy rules.
+    """
+    return replace(prompts, durations_frames=policy.durations(prompts))
 
 
 def rows_by_duration(prompts: Prompts) -> list[list[int]]:
@@ -229,8 +273,10 @@ def pure_velocity(policy: Any, cond: Any) -> PureVelocity:
     )
 
 
-def collect_rollout(mels: Mapping[int, Tensor], trajectories: Mapping[int, Tensor] | None = None) -> Rollout:
-    """Mels [T, M], and trajectories [K+1, T_total, M] if any, by their place in the batch, padded and in order."""
+def collect_rollout(
+    mels: Mapping[int, Float[Tensor, "_ m"]], trajectories: Mapping[int, Float[Tensor, "times _ m"]] | None = None
+) -> Rollout:
+    """Mels, and trajectories of reference and mel if any, by their place in the batch: padded and in order."""
     ordered = [mels[row] for row in range(len(mels))]
     lengths = torch.tensor([len(mel) for mel in ordered], device=ordered[0].device)
     trajectory = None
@@ -265,6 +311,10 @@ def evaluating(policy: object) -> Iterator[None]:
 class Velocities(Protocol):
     """What has velocities: a policy, and what it is compared with, the reference or an average of weights."""
 
-    def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> Any: ...
+    def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> Any:
+        """See `Policy`."""
+        ...
 
-    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...
+    def velocity(self, x: Float[Tensor, "b n m"], t: Float[Tensor, " ..."], cond: Any) -> Float[Tensor, "b n m"]:
+        """See `Policy`."""
+        ...

@@ -35,7 +35,7 @@ class Weights:
 
     def token(self) -> Tensor | None:
         """What a velocity must take to have its gradients summed: it stands for all parameters. None without any."""
-        token: Any = _SummedOnce.apply(self, *self.parameters) if self.parameters else None
+        token: Tensor | None = _SummedOnce.apply(self, *self.parameters) if self.parameters else None
         return token
 
     def begin(self) -> None:
@@ -46,6 +46,7 @@ class Weights:
             self.lender = None
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add one gradient a parameter, None where it has none."""
         self.begin()
         _add_(self._sums, gradients)
 
@@ -83,9 +84,11 @@ class Autocast(NamedTuple):
 
     @classmethod
     def now(cls, device: str) -> Autocast:
+        """That of the device type at this moment."""
         return cls(device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
 
     def __call__(self) -> Any:
+        """The context to enter."""
         return torch.autocast(self.device, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
 
 
@@ -98,6 +101,7 @@ class Rerun:
     autocast: Autocast
 
     def __call__(self, leaves: Sequence[Any]) -> Tensor:
+        """The velocity at these leaves of (x, t, part of cond)."""
         x, t, part = tree_unflatten(leaves, self.structure)
         with self.autocast():
             return self.function(x, t, part).to(x.dtype)
@@ -140,6 +144,7 @@ class PureVelocity:
         return self.differentiate is not differentiate or len(self.terms(self.cond)) > 1
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """dx/dt, of the shape of x."""
         return self.function(x, t, self.cond)
 
 
@@ -155,9 +160,11 @@ def differentiated(velocity: Velocity, checkpoint: bool, preserve_rng_state: boo
                 weights = Weights(velocity.parameters())
                 shared.extend((weights, weights.token(), *tree_flatten(velocity.cond)))
             weights, token, leaves, structure = shared
-            return _Recomputed.apply(velocity, weights, structure, token, x, t, *leaves)
+            v: Tensor = _Recomputed.apply(velocity, weights, structure, token, x, t, *leaves)
+            return v
         # not reentrant: gradients also reach what `velocity` closes over, such as the text embedding
-        return recompute(velocity, x, t, use_reentrant=False, preserve_rng_state=preserve_rng_state).to(x.dtype)
+        v = recompute(velocity, x, t, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+        return v.to(x.dtype)
 
     return run
 

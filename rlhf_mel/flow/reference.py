@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_mel.flow.lora import lora_disabled, lora_layers, only_lora_trains
@@ -23,7 +24,9 @@ class ReferencePolicy:
 
     def __init__(self, policy: Policy):
         self._lora = lora_layers(policy) if only_lora_trains(policy) else []
-        self._policy = policy if self._lora else copy.deepcopy(policy)
+        # The copy shares the tokenizer, which has no weights: what it has read it need not read again.
+        tokenizer = getattr(policy, "tokenizer", None)
+        self._policy = policy if self._lora else copy.deepcopy(policy, {id(tokenizer): tokenizer})
         if not self._lora and isinstance(self._policy, nn.Module):
             self._policy.requires_grad_(False)
 
@@ -37,13 +40,13 @@ class ReferencePolicy:
         with self._as_it_was() as policy:
             return policy.encode(prompts, cfg_strength=cfg_strength)
 
-    def velocity(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        """Its velocity; differentiated by x where x has a gradient, never by weights."""
+    def velocity(self, x: Float[Tensor, "b n m"], t: Float[Tensor, " ..."], cond: Any) -> Float[Tensor, "b n m"]:
+        """Its velocity; differentiated with respect to x where x has a gradient, never to weights."""
         differentiable = torch.is_grad_enabled() and x.requires_grad
         with self._as_it_was() as policy, torch.set_grad_enabled(differentiable):
             return policy.velocity(x, t, cond)
 
     def rollout(self, prompts: Prompts, **options: Any) -> Rollout:
-        """What the policy would have said before training; options as for `rollout`."""
+        """Sample from the policy as it was before training; options as for `rollout`."""
         with self._as_it_was() as policy:
             return rollout(policy, prompts, **{**options, "grad_steps": 0})

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf_mel.flow.ode import STEPS, STEPWISE_METHODS, torchdiffeq_step, without_gradient
@@ -25,10 +26,9 @@ SDE_KINDS = ("exponential", "flow_cps", "flow_sde")
 class Transition(NamedTuple):
     """Where a step leads: x' ~ N(mean, std^2), all elements independent."""
 
-    mean: Tensor
-    """[B, T, M]."""
-    std: Tensor
-    """Scalar, above 0 where there is noise."""
+    mean: Float[Tensor, "b n m"]
+    std: Float[Tensor, ""]
+    """Above 0 where there is noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,17 @@ class SDE:
         if not isinstance(self.noise_level, int | float) or not 0 <= self.noise_level <= most:
             raise ValueError(f"noise_level of {self.kind}: expected 0 to {most:g}, got {self.noise_level!r}")
 
-    def transition(self, x: Tensor, v: Tensor, t: Tensor, step: int, moved: Tensor | None = None) -> Transition:
-        """The step from t[step] to t[step + 1], at x [B, T, M] with velocity v, at least float32.
+    def transition(
+        self,
+        x: Float[Tensor, "b n m"],
+        v: Float[Tensor, "b n m"],
+        t: Float[Tensor, " times"],
+        step: int,
+        moved: Bool[Tensor, "b n"] | None = None,
+    ) -> Transition:
+        """The step from t[step] to t[step + 1], at x with velocity v, at least float32.
 
-        moved: bool [B, T]; the other frames take Euler's step of the ODE. Noise in some frames only leaves the
+        moved: frames that get noise; the others take Euler's step of the ODE. Noise in some frames only leaves the
             marginals as they are too: sigma_t may be any matrix that does not depend on x.
         """
         start, end = t[step], t[step + 1]
@@ -81,21 +88,21 @@ class SDE:
 @torch.no_grad()
 def solve_sde(
     velocity: Velocity,
-    x0: Tensor,
-    t: Tensor,
+    x0: Float[Tensor, "b n m"],
+    t: Float[Tensor, " times"],
     sde: SDE,
     noise: Callable[[], Tensor],
     *,
     window: range,
-    moved: Tensor | None = None,
+    moved: Bool[Tensor, "b n"] | None = None,
     method: str = "euler",
-) -> tuple[list[Tensor], list[Transition]]:
-    """The K + 1 states [B, T, M] from x0 on, at least float32, and what the steps of `window` were drawn from.
+) -> tuple[list[Float[Tensor, "b n m"]], list[Transition]]:
+    """The K + 1 states from x0 on, at least float32, and what the steps of `window` were drawn from.
 
     Outside the window the steps are those of `solve`, by `method`.
 
     noise: standard normal like x0, anew at each call; called once a step of the window.
-    moved: bool [B, T], the frames that noise is added to; None: all.
+    moved: the frames that noise is added to; None: all.
     """
     if method not in STEPWISE_METHODS:
         raise ValueError(f"ODE method beside SDE steps: expected one of {STEPWISE_METHODS}, got {method!r}")
@@ -114,8 +121,10 @@ def solve_sde(
     return states, transitions
 
 
-def mean_log_prob(x: Tensor, transition: Transition, counted: Tensor) -> Tensor:
-    """Mean [B] of log N(x; mean, std^2) over the elements of the frames `counted`, bool [B, T].
+def mean_log_prob(
+    x: Float[Tensor, "b n m"], transition: Transition, counted: Bool[Tensor, "b n"]
+) -> Float[Tensor, " b"]:
+    """Mean of log N(x; mean, std^2) over the elements of the frames `counted`.
 
     A mean, as in flow_grpo, so that ratios of long and short items are alike: the log-density of an item is this
     times its number of elements, and a ratio of two such means is no ratio of likelihoods but its D-th root.
@@ -124,6 +133,8 @@ def mean_log_prob(x: Tensor, transition: Transition, counted: Tensor) -> Tensor:
     return counted_mean(-standard.square() / 2 - transition.std.log() - math.log(2 * math.pi) / 2, counted)
 
 
-def transition_kl(transition: Transition, reference: Tensor, counted: Tensor) -> Tensor:
-    """KL [B] from N(mean, std^2) to N(reference, std^2), (mean - reference)^2 / (2 std^2), as a mean likewise."""
+def transition_kl(
+    transition: Transition, reference: Float[Tensor, "b n m"], counted: Bool[Tensor, "b n"]
+) -> Float[Tensor, " b"]:
+    """KL from N(mean, std^2) to N(reference, std^2), (mean - reference)^2 / (2 std^2), as a mean likewise."""
     return counted_mean(((transition.mean - reference) / transition.std).square() / 2, counted)

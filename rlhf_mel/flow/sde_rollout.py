@@ -1,4 +1,4 @@
-"""SDE rollouts: what a policy says when some of its steps are random, and how probable each of those steps is.
+"""SDE rollouts: samples of a policy some of whose steps are random, and how probable each of those steps is.
 
     rollout:  x' ~ N(mean_old, std^2) in the window, ODE elsewhere, log p_old(x' | x) kept
     replay:   mean_theta(x) again, with gradients, at the states that were visited
@@ -20,10 +20,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf_mel.flow.noise import Generators, branched, item_generators, item_noise, of_rows
-from rlhf_mel.flow.policy import Policy, collect_rollout, evaluating, rows_by_duration, velocity_as_now
+from rlhf_mel.flow.policy import Policy, collect_rollout, evaluating, rows_by_duration, velocity_as_now, with_durations
 from rlhf_mel.flow.recompute import PureVelocity, Velocity, differentiated
 from rlhf_mel.flow.reference import ReferencePolicy
 from rlhf_mel.flow.sde import SDE, Transition, mean_log_prob, solve_sde
@@ -32,7 +33,7 @@ from rlhf_mel.types import Prompts, Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """The random steps of prompts of one total duration. W steps in the window, T frames, reference included."""
+    """The random steps of b prompts of one total duration: w steps in the window, n frames, reference included."""
 
     rows: Sequence[int]
     """Places of the b prompts in their batch."""
@@ -41,16 +42,16 @@ class Trajectory:
     dtype: torch.dtype
     """That of the policy's noise, in which its velocity is computed."""
     sde: SDE
-    t: Tensor
-    """Float [K+1]: the grid."""
+    t: Float[Tensor, " times"]
+    """The grid."""
     window: range
-    """The W steps of the grid that were random."""
-    states: Tensor
-    """Float [W+1, b, T, M]: before the window, after its first step, ..."""
-    means: Tensor
-    """Float [W, b, T, M]: of what each step was drawn from."""
-    mean_log_probs: Tensor
-    """Float [W, b]: of each step, see sde.mean_log_prob."""
+    """The w steps of the grid that were random."""
+    states: Float[Tensor, "states b n m"]
+    """Before the window, after its first step, ..."""
+    means: Float[Tensor, "w b n m"]
+    """Of what each step was drawn from."""
+    mean_log_probs: Float[Tensor, "w b"]
+    """Of each step, see sde.mean_log_prob."""
 
 
 @torch.no_grad()
@@ -67,12 +68,12 @@ def sde_rollout(
     generator: Generators = None,
     shared_prior: bool = False,
 ) -> tuple[Rollout, list[Trajectory]]:
-    """Let the policy speak with noise in the steps of `window`; one trajectory for each total duration.
+    """Sample from the policy with noise in the steps of `window`; one trajectory for each total duration.
 
     shared_prior: rollouts of one group begin at the same x_0, so that they differ by the window's noise only.
     Everything else: see policy.rollout, whose noise x_0 is this one's for the same generator.
     """
-    prompts = replace(prompts, durations_frames=policy.durations(prompts))
+    prompts = with_durations(policy, prompts)
     priors = item_generators(generator, len(prompts))
     kicks = None if priors is None else [branched(prior, 1)[0] for prior in priors]
     if shared_prior and priors is not None and prompts.group_ids is not None:
@@ -83,8 +84,8 @@ def sde_rollout(
     with evaluating(policy):
         t = policy.timesteps(steps, sway_sampling_coef=sway_sampling_coef)
         for rows in rows_by_duration(prompts):
-            own = prompts.select(rows)
-            cond = policy.encode(own, cfg_strength=cfg_strength)
+            grouped = prompts.select(rows)
+            cond = policy.encode(grouped, cfg_strength=cfg_strength)
             x0 = policy.prior(cond, of_rows(priors, rows))
             noise = partial(_noise_like, x0, of_rows(kicks, rows))
             velocity, moved = _velocity(policy, cond, x0.dtype), cond.generated
@@ -96,7 +97,7 @@ def sde_rollout(
             trajectories.append(
                 Trajectory(
                     rows=rows,
-                    prompts=own,
+                    prompts=grouped,
                     cfg_strength=cfg_strength,
                     dtype=x0.dtype,
                     sde=sde,
@@ -110,10 +111,10 @@ def sde_rollout(
     return collect_rollout(mels), trajectories
 
 
-def replay(policy: Policy | ReferencePolicy, trajectory: Trajectory) -> tuple[list[Transition], Tensor]:
+def replay(policy: Policy | ReferencePolicy, trajectory: Trajectory) -> tuple[list[Transition], Bool[Tensor, "b n"]]:
     """What `policy` (or the reference) would have drawn each step of the window from, and the frames that count.
 
-    With gradients where they are enabled and the policy has them; bool [b, T].
+    With gradients where they are enabled and the policy has them.
     """
     with evaluating(policy):
         cond = policy.encode(trajectory.prompts, cfg_strength=trajectory.cfg_strength)
@@ -127,10 +128,10 @@ def replay(policy: Policy | ReferencePolicy, trajectory: Trajectory) -> tuple[li
 
 def _velocity(policy: Policy | ReferencePolicy, cond: Any, dtype: torch.dtype) -> Velocity:
     """The policy's velocity in the dtype of x, computed in `dtype`, that of the policy's own noise."""
-    own = velocity_as_now(policy, cond)
-    if not isinstance(own, PureVelocity):
-        return lambda x, t: own(x.to(dtype), t).to(x.dtype)
-    return replace(own, function=lambda x, t, cond: own.function(x.to(dtype), t, cond).to(x.dtype))
+    velocity = velocity_as_now(policy, cond)
+    if not isinstance(velocity, PureVelocity):
+        return lambda x, t: velocity(x.to(dtype), t).to(x.dtype)
+    return replace(velocity, function=lambda x, t, cond: velocity.function(x.to(dtype), t, cond).to(x.dtype))
 
 
 def _noise_like(x0: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:

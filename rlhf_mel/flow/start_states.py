@@ -10,57 +10,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from rlhf_mel.flow.noise import Generators
-from rlhf_mel.flow.policy import Policy, PolicyWrapper
+from rlhf_mel.flow.policy import ExtendedCondition, ExtendingWrapper, Policy
 from rlhf_mel.types import Prompts
 
 STATES = "_states"
 """The column; no data set has it."""
 
 
-def begin_at(prompts: Prompts, states: Sequence[Tensor]) -> Prompts:
-    """`prompts` with a state [T, M] each, of all its frames, reference included."""
+def begin_at(prompts: Prompts, states: Sequence[Float[Tensor, "_ m"]]) -> Prompts:
+    """`prompts` with a state each, of all its frames, reference included."""
     if len(states) != len(prompts):
         raise ValueError(f"states: expected {len(prompts)}, one a prompt, got {len(states)}")
     return replace(prompts, columns={**prompts.columns, STATES: list(states)})
 
 
-class Begun(NamedTuple):
-    """A policy's condition, and the states of the same prompts."""
-
-    policy: Any
-    states: Tensor
-    """Float [B, T, M]."""
-    generated: Tensor
-    """Bool [B, T]."""
-
-
-class Restarted(PolicyWrapper):
+class Restarted(ExtendingWrapper):
     """The policy from `times[0]` on, at the states of `begin_at` in place of its prior; a Policy itself.
 
-    times: the grid [K + 1] of every solve, whatever number of steps is asked for; None: the policy's own.
+    times: the grid of every solve, whatever number of steps is asked for; None: the policy's own.
     """
 
-    def __init__(self, policy: Policy, times: Tensor | None = None) -> None:
+    def __init__(self, policy: Policy, times: Float[Tensor, " times"] | None = None) -> None:
         super().__init__(policy)
         self.times = times
 
-    def inner(self, cond: Begun) -> Any:
-        return cond.policy
+    @override
+    def extra(self, prompts: Prompts, *, cfg_strength: float) -> Float[Tensor, "b n m"]:
+        return torch.stack(list(prompts.columns[STATES]))
 
-    def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> Begun:
-        cond = self.policy.encode(prompts, cfg_strength=cfg_strength)
-        return Begun(cond, torch.stack(list(prompts.columns[STATES])), cond.generated)
+    @override
+    def prior(self, cond: ExtendedCondition, generator: Generators = None) -> Float[Tensor, "b n m"]:
+        states: Tensor = cond.extra
+        return states
 
-    def prior(self, cond: Begun, generator: Generators = None) -> Tensor:
-        return cond.states
-
-    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
+    @override
+    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Float[Tensor, " times"]:
         if self.times is not None:
             return self.times
         return super().timesteps(steps, sway_sampling_coef=sway_sampling_coef)

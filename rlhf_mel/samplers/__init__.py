@@ -1,0 +1,1 @@
+"""Better speech at inference, from the policy as it is."""

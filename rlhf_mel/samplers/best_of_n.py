@@ -1,4 +1,4 @@
-"""Best-of-N: speak every prompt N times and keep what the rewards like best.
+"""Best-of-N: sample every prompt N times and keep what the rewards like best.
 
     i* = argmax_i r(vocoder(x_1^i)),   x_0^1 ... x_0^N ~ N(0, I) independent
 
@@ -13,23 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from rlhf_mel.flow.noise import Generators, branched, item_generators
 from rlhf_mel.flow.policy import Policy, rollout
-from rlhf_mel.pipeline import vocode
-from rlhf_mel.rewards.combine import Rewards
+from rlhf_mel.samplers.base import RewardSampler
 from rlhf_mel.types import Prompts, Rollout
-from rlhf_mel.vocoders import Vocoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestOfN:
-    """A sampler: `evaluate(..., sampler=BestOfN(vocoder=..., rewards=..., n=8))`."""
+class BestOfN(RewardSampler):
+    """A sampler that keeps the best of N rollouts of each prompt."""
 
-    vocoder: Vocoder
-    rewards: Rewards
-    """The judge of the choice; to be another than the judge of the result, or the result says little."""
     n: int = 8
 
     def __post_init__(self) -> None:
@@ -44,18 +40,18 @@ class BestOfN:
         than any other.
         """
         best, best_total = None, torch.tensor(-torch.inf)
-        for own in candidate_generators(item_generators(generator, len(prompts)), self.n):
-            spoken = rollout(policy, prompts, generator=own, grad_steps=0, **options)
-            total = self.rewards(vocode(self.vocoder, spoken), prompts).total
+        for generators in candidate_generators(item_generators(generator, len(prompts)), self.n):
+            candidate = rollout(policy, prompts, generator=generators, grad_steps=0, **options)
+            total = self.total(candidate, prompts)
             total = total.where(total.isfinite(), -torch.inf)
-            best = spoken if best is None else better(best, spoken, total > best_total)
+            best = candidate if best is None else better(best, candidate, total > best_total)
             best_total = torch.maximum(total, best_total.to(total))
         assert best is not None
         return best
 
 
-def better(kept: Rollout, other: Rollout, chosen: Tensor) -> Rollout:
-    """`other` in the rows that are `chosen`, bool [B]; both are of the same prompts, so of the same lengths."""
+def better(kept: Rollout, other: Rollout, chosen: Bool[Tensor, " b"]) -> Rollout:
+    """`other` in the rows that are `chosen`; both are of the same prompts, so of the same lengths."""
     return Rollout(other.mel.where(chosen[:, None, None], kept.mel), kept.lengths_frames)
 
 

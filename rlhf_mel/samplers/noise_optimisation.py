@@ -33,26 +33,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf_mel.flow.noise import Generators, item_generators, of_rows
-from rlhf_mel.flow.policy import Policy, evaluating, rollout, rows_by_duration
+from rlhf_mel.flow.policy import Policy, evaluating, rollout, rows_by_duration, with_durations
 from rlhf_mel.flow.start_states import Restarted, begin_at
-from rlhf_mel.pipeline import require_gradient, vocode
-from rlhf_mel.rewards.combine import Rewards
+from rlhf_mel.pipeline import require_gradient
+from rlhf_mel.samplers.base import RewardSampler
 from rlhf_mel.samplers.best_of_n import better
 from rlhf_mel.types import Prompts, Rollout
-from rlhf_mel.vocoders import Vocoder
 
 PRIORS = ("sphere", "gaussian")
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseOptimisation:
+class NoiseOptimisation(RewardSampler):
     """A sampler that ascends the reward in the noise. Costs updates + 1 solves, each with its gradient."""
 
-    vocoder: Vocoder
-    rewards: Rewards
     updates: int = 20
     step_size: float = 0.1
     """eta, the first step as a share of the norm of noise; on the sphere: in radians. Later ones fall linearly to 0."""
@@ -82,12 +80,12 @@ class NoiseOptimisation:
         best, best_value = None, torch.tensor(-torch.inf)
         for update in range(self.updates + 1):
             noise = [x0.detach().requires_grad_() for x0 in noise]
-            spoken, value, gradients = self._climb(policy, prompts, noise, free, options)
-            best = spoken if best is None else better(best, spoken, value > best_value)
+            candidate, value, gradients = self._climb(policy, prompts, noise, free, options)
+            best = candidate if best is None else better(best, candidate, value > best_value)
             best_value = torch.maximum(value, best_value.to(value))
             size = self.step_size * (1 - update / max(self.updates, 1))
             rows = zip(noise, gradients, free, strict=True)
-            noise = [moved(x0, gradient, own, size, self.prior) for x0, gradient, own in rows]
+            noise = [moved(x0, gradient, frames, size, self.prior) for x0, gradient, frames in rows]
         assert best is not None
         return best
 
@@ -95,21 +93,21 @@ class NoiseOptimisation:
         self, policy: Policy, prompts: Prompts, noise: list[Tensor], free: list[Tensor], options: dict[str, Any]
     ) -> tuple[Rollout, Tensor, Sequence[Tensor]]:
         """Rollout from `noise`, its objective [B] (-inf where there is none), and its gradient at each noise [T, M]."""
-        spoken = rollout(Restarted(policy), begin_at(prompts, noise), **options)
-        total = self.rewards(vocode(self.vocoder, spoken), prompts).total
-        energy = torch.stack([x0[own].square().sum() / 2 for x0, own in zip(noise, free, strict=True)])
+        candidate = rollout(Restarted(policy), begin_at(prompts, noise), **options)
+        total = self.total(candidate, prompts)
+        energy = torch.stack([x0[frames].square().sum() / 2 for x0, frames in zip(noise, free, strict=True)])
         value = total - self.prior_weight * energy
         gradients = torch.autograd.grad(value.sum(), noise)
         value = value.detach().where(value.isfinite(), -torch.inf)
-        return replace(spoken, mel=spoken.mel.detach()), value, gradients
+        return replace(candidate, mel=candidate.mel.detach()), value, gradients
 
 
 @torch.no_grad()
 def drawn_noise(
     policy: Policy, prompts: Prompts, generator: Generators, *, cfg_strength: float
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The noise [T, M] that policy.rollout would begin each prompt with, and its generated frames, bool [T]."""
-    prompts = replace(prompts, durations_frames=policy.durations(prompts))
+) -> tuple[list[Float[Tensor, "_ m"]], list[Bool[Tensor, " _"]]]:
+    """The noise that policy.rollout would begin each prompt with, and which of its frames are generated."""
+    prompts = with_durations(policy, prompts)
     generators = item_generators(generator, len(prompts))
     noise: dict[int, Tensor] = {}
     free: dict[int, Tensor] = {}
@@ -123,8 +121,10 @@ def drawn_noise(
 
 
 @torch.no_grad()
-def moved(x0: Tensor, gradient: Tensor, free: Tensor, size: float, prior: str) -> Tensor:
-    """x_0 [T, M] after one step of `size` along the gradient, in the frames `free` [T] only; see the top.
+def moved(
+    x0: Float[Tensor, "n m"], gradient: Float[Tensor, "n m"], free: Bool[Tensor, " n"], size: float, prior: str
+) -> Float[Tensor, "n m"]:
+    """x_0 after one step of `size` along the gradient, in the frames `free` only; see the top.
 
     A gradient that is not finite, or zero, moves nothing.
     """

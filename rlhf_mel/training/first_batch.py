@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from rlhf_mel.algorithms.base import Algorithm
-from rlhf_mel.algorithms.families.policy_gradient import Clip
 from rlhf_mel.metrics import Metrics
 from rlhf_mel.training.callbacks import warn_at_start
 
@@ -20,8 +19,8 @@ EQUAL_REWARDS = 1e-6
 
 def first_ratio_limit(algorithm: Algorithm) -> float:
     """How far from 1 the first ratio may be: beyond the clip range, updates are cut that have not even begun."""
-    clip = getattr(getattr(algorithm, "config", None), "clip", None)
-    return min(clip.low, clip.high, RATIO_TOLERANCE) if isinstance(clip, Clip) else RATIO_TOLERANCE
+    clip = algorithm.clip
+    return RATIO_TOLERANCE if clip is None else min(clip.low, clip.high, RATIO_TOLERANCE)
 
 
 def all_equal(rewards: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlhf_mel.algorithms.adjoint_matching import (
     AdjointMatching,
-    Collected,
+    AdjointTargets,
     adjoint_matching_loss,
     control_scales,
     shortened,
@@ -41,7 +41,9 @@ def matching(**options: Any) -> AdjointMatching:
     return AdjointMatching(AdjointMatching.Config(**{"max_push": None, **options}), beta=BETA)
 
 
-def collect(policy: GaussianPolicy, reward: MelReward, batch: int = 4, **options: Any) -> tuple[Pipeline, Collected]:
+def collect(
+    policy: GaussianPolicy, reward: MelReward, batch: int = 4, **options: Any
+) -> tuple[Pipeline, AdjointTargets]:
     parts = pipeline(policy, reward, anchored=True)
     return parts, matching(**options).collect(parts, prompts(batch), torch.Generator().manual_seed(0))
 

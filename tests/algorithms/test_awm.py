@@ -10,7 +10,7 @@ from forward_problems import TOLERANCE, Known, Movable, draw, pipeline, prompts,
 from problems import MelReward
 from torch import Tensor
 
-from rlhf_mel.algorithms.awm import AWM, Collected, matching_log_prob
+from rlhf_mel.algorithms.awm import AWM, RatioSamples, matching_log_prob
 from rlhf_mel.algorithms.base import load_algorithm
 from rlhf_mel.algorithms.families.forward_process import collect_samples
 from rlhf_mel.flow.ema import MovingAverage
@@ -72,7 +72,7 @@ def test_the_whole_loss_by_hand() -> None:
     policy.become(1.0, 2.0, 4.0)
     samples = collect_samples(parts, prompts(3, 3, 1), generator, config)
     policy.become(2.0, 3.0, 2.5)
-    collected = Collected(samples=samples, noise_seed=0, average=MovingAverage(policy))
+    collected = RatioSamples(samples=samples, noise_seed=0, average=MovingAverage(policy))
     policy.become(2.0, 2.0, 3.0)
     algorithm.loss(parts, collected, generator)
     policy.become(1.0, 3.0, 4.5)

@@ -22,8 +22,8 @@ from forward_problems import (
 from problems import MelReward
 
 from rlhf_mel.algorithms.base import load_algorithm
-from rlhf_mel.algorithms.diffusion_nft import Collected, DiffusionNFT, nft_loss, squared_error
-from rlhf_mel.algorithms.families.forward_process import collect_samples
+from rlhf_mel.algorithms.diffusion_nft import DiffusionNFT, nft_loss, squared_error
+from rlhf_mel.algorithms.families.forward_process import LaggedSamples, collect_samples
 from rlhf_mel.flow.ema import MovingAverage
 
 PLAIN: dict[str, Any] = dict(adaptive_weighting=False)
@@ -68,7 +68,7 @@ def test_the_whole_loss_by_hand() -> None:
     policy.become(2.0, 1.0, 5.0)
     samples = collect_samples(parts, prompts(3, 3, 1), generator, config)
     policy.become(0.0, 2.0, 2.0)
-    collected = Collected(samples=samples, old=MovingAverage(policy))
+    collected = LaggedSamples(samples=samples, old=MovingAverage(policy))
     policy.become(2.0, 2.0, 6.0)
     loss, _ = algorithm.loss(parts, collected, generator)
     assert loss.item() == pytest.approx(20.5)
@@ -153,13 +153,13 @@ def test_rollouts_are_the_old_policys() -> None:
     still = load_algorithm("diffusion_nft").collect(
         pipeline(Movable(0.75)), prompts(4, 2), torch.Generator().manual_seed(0)
     )
-    assert torch.equal(collected.samples.spoken.mel, still.samples.spoken.mel)
+    assert torch.equal(collected.samples.rollouts.mel, still.samples.rollouts.mel)
     _, metrics = algorithm.loss(parts, collected, torch.Generator().manual_seed(1))
     assert (metrics["old_deviation"] > 0).all()
     resumed: Any = load_algorithm("diffusion_nft", {"old_decay_rate": 0.25})
     resumed.load_state_dict(algorithm.state_dict())
     again = resumed.collect(parts, prompts(4, 2), torch.Generator().manual_seed(0))
-    assert torch.equal(again.samples.spoken.mel, collected.samples.spoken.mel)
+    assert torch.equal(again.samples.rollouts.mel, collected.samples.rollouts.mel)
 
 
 @pytest.mark.parametrize(

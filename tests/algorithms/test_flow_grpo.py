@@ -17,11 +17,10 @@ from gaussian import ELEMENTS, FLOW, REFERENCE, GaussianPolicy, pipeline, prompt
 from problems import LinearGaussianFlow, MelReward, tiny_policy, tiny_prompts
 from torch import Tensor
 
-from rlhf_mel.algorithms.base import Algorithm, load_algorithm
+from rlhf_mel.algorithms.base import Algorithm, Clip, load_algorithm
 from rlhf_mel.algorithms.ddpo import DDPO, PromptStatistics
 from rlhf_mel.algorithms.families.advantages import score_advantages
 from rlhf_mel.algorithms.families.policy_gradient import (
-    Clip,
     clipped_shares,
     clipped_surrogate,
     guard_log_ratio,
@@ -537,7 +536,7 @@ def test_the_command_line_speaks_trl() -> None:
     config, _ = parse_arguments([*flags, "--epsilon_high", "3e-4", "--scale_rewards", "none"])
     assert config.beta == 0.04 and config.num_iterations == 2
     algorithm = load_algorithm(config.algorithm, config.algorithm_options, beta=0.04)
-    assert algorithm.config.clip == Clip(low=2e-4, high=3e-4) and algorithm.config.scale_rewards == "none"
+    assert algorithm.clip == Clip(low=2e-4, high=3e-4) and algorithm.config.scale_rewards == "none"
     with pytest.raises(ValueError, match="compares rollouts of one prompt: expected num_generations of at least 2"):
         RLHFConfig(algorithm="flow_grpo")
     assert RLHFConfig(algorithm="ddpo").beta == 0.0

@@ -73,14 +73,14 @@ def test_the_moments_that_the_method_rests_on() -> None:
     samples = collect_samples(
         pipeline(policy), prompts(batch), generator(), ForwardProcessOptions(scale_rewards="none")
     )
-    generated = samples.spoken.mel
+    generated = samples.rollouts.mel
     assert generated.mean().item() == pytest.approx(policy.flow.mean + 0.3, abs=0.03)
     assert generated.var().item() == pytest.approx(variance(), rel=0.06)
     moments: dict[str, list[Tensor]] = {"residual": [], "covariance": []}
 
     def objective(draw: Draw) -> dict[str, Tensor]:
         residual = (draw.target - draw.velocity)[:, REFERENCE:]
-        reward = samples.spoken.mel[draw.rows].sum((1, 2)) - GENERATED * MELS * (policy.flow.mean + 0.3)
+        reward = samples.rollouts.mel[draw.rows].sum((1, 2)) - GENERATED * MELS * (policy.flow.mean + 0.3)
         push = 1 - draw.t * slope(draw.t)
         moments["residual"].append(residual.mean((1, 2)))
         moments["covariance"].append(reward * residual.mean((1, 2)) - variance() * push)
@@ -108,8 +108,8 @@ def test_the_loss_is_flow_matching_at_the_drawn_points() -> None:
         cond = policy.encode(own.select([row]), cfg_strength=1.5)
         uniform = torch.rand(n, generator=generators[row])
         x1 = torch.where(cond.kept[..., None], cond.reference, 0.0)
-        length = int(samples.spoken.lengths_frames[row])
-        x1[0, -length:] = samples.spoken.mel[row, :length]
+        length = int(samples.rollouts.lengths_frames[row])
+        x1[0, -length:] = samples.rollouts.mel[row, :length]
         losses = []
         for k in range(n):
             t = (k + uniform[k]) / n
@@ -147,12 +147,12 @@ def test_a_batch_is_its_items_alone(name: str) -> None:
     noise, gradients = item_generators(generator(3), 3), []
     assert noise is not None and gradient.norm() > 1e-3
     for row in range(3):
-        spoken = samples.spoken
-        length = int(spoken.lengths_frames[row])
+        rollouts = samples.rollouts
+        length = int(rollouts.lengths_frames[row])
         alone = replace(
             samples,
             prompts=samples.prompts.select([row]),
-            spoken=replace(spoken, mel=spoken.mel[[row], :length], lengths_frames=spoken.lengths_frames[[row]]),
+            rollouts=replace(rollouts, mel=rollouts.mel[[row], :length], lengths_frames=rollouts.lengths_frames[[row]]),
             advantages=samples.advantages[[row]],
         )
         values, grad = run(alone, [noise[row]])
@@ -182,14 +182,14 @@ def test_padding_and_reference_frames_change_nothing(name: str) -> None:
         return loss.detach(), policy.theta.grad, metrics
 
     want = run(samples, 3.0)
-    outside = torch.arange(3) >= samples.spoken.lengths_frames[:, None]
-    assert outside.any() and (samples.spoken.mel[outside] == 0).all()
-    padded = replace(samples.spoken, mel=samples.spoken.mel.masked_fill(outside[..., None], 50.0))
-    got = run(replace(samples, spoken=padded), -70.0)
+    outside = torch.arange(3) >= samples.rollouts.lengths_frames[:, None]
+    assert outside.any() and (samples.rollouts.mel[outside] == 0).all()
+    padded = replace(samples.rollouts, mel=samples.rollouts.mel.masked_fill(outside[..., None], 50.0))
+    got = run(replace(samples, rollouts=padded), -70.0)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     assert all(torch.equal(got[2][key], want[2][key]) for key in want[2])
-    counted = replace(samples.spoken, mel=samples.spoken.mel + 1.0)
-    assert not torch.equal(run(replace(samples, spoken=counted), 3.0)[0], want[0])
+    counted = replace(samples.rollouts, mel=samples.rollouts.mel + 1.0)
+    assert not torch.equal(run(replace(samples, rollouts=counted), 3.0)[0], want[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -217,9 +217,9 @@ def test_a_rollout_without_a_reward_is_dropped_and_counted(name: str) -> None:
         assert metrics["dropped_rollouts"].tolist() == [False, True, False, False]
         return loss.detach(), policy.theta.grad
 
-    mel = samples.spoken.mel.clone()
+    mel = samples.rollouts.mel.clone()
     mel[1] += 5.0
-    want, got = run(samples), run(replace(samples, spoken=replace(samples.spoken, mel=mel)))
+    want, got = run(samples), run(replace(samples, rollouts=replace(samples.rollouts, mel=mel)))
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and want[1].abs() > 1e-2
     if name in ("awm", "diffusion_nft"):  # its advantage is 0: leaving it out is a mean over 3 instead of 4
         counted = run(replace(samples, dropped=torch.zeros(4, dtype=torch.bool)))
@@ -274,7 +274,7 @@ def test_rollouts_are_the_plain_ones() -> None:
     _, parts = speaking()
     samples = collect_samples(parts, tiny_prompts(), generator(4), ForwardProcessOptions())
     want = rollout(parts.policy, tiny_prompts(), steps=3, cfg_strength=0.0, grad_steps=0, generator=generator(4))
-    assert torch.equal(samples.spoken.mel, want.mel) and not samples.spoken.mel.requires_grad
+    assert torch.equal(samples.rollouts.mel, want.mel) and not samples.rollouts.mel.requires_grad
     assert samples.advantages.tolist() == [0.0, 0.0, 0.0], "without group ids there is nothing to compare"
 
 

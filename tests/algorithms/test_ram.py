@@ -84,7 +84,7 @@ def test_rollouts_are_the_lagged_policys_and_so_is_the_baseline() -> None:
     still: Any = load_algorithm("ram", beta=0.5).collect(
         pipeline(Movable(0.75)), prompts(4, 2), torch.Generator().manual_seed(0)
     )
-    assert torch.equal(collected.samples.spoken.mel, still.samples.spoken.mel)
+    assert torch.equal(collected.samples.rollouts.mel, still.samples.rollouts.mel)
     _, metrics = algorithm.loss(parts, collected, torch.Generator().manual_seed(1))
     # theta is 1/4 from the old policy and 1 from the reference: (1/4)^2 g^2 and g^2 at the same points
     torch.testing.assert_close(metrics["old_deviation"] * 16, metrics["anchor"], rtol=1e-4, atol=1e-6)

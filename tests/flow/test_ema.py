@@ -64,7 +64,7 @@ def test_the_average_is_in_place_inside_and_never_outside() -> None:
     policy = Scalar(1.0)
     average = MovingAverage(policy)
     policy.set(4.0)
-    x = torch.ones(1, 1)
+    x = torch.ones(1, 1, 1)
     with average.applied() as averaged:
         assert averaged is policy and policy.velocity(x).item() == 11
     assert policy.velocity(x).item() == 14
@@ -81,14 +81,14 @@ def test_a_graph_from_before_keeps_its_weights() -> None:
     policy.set(4.0)
     y = (policy.weight.square() * 3.0).sum()
     with average.applied():
-        average.velocity(torch.ones(1, 1), torch.ones(1), None)
+        average.velocity(torch.ones(1, 1, 1), torch.ones(1), None)
     y.backward()
     assert policy.weight.grad is not None and policy.weight.grad.item() == 24
 
 
 def test_autocast_does_not_confuse_the_two_sets_of_weights() -> None:
     """Autocast keeps the bfloat16 copy of a parameter, with or without its graph, until the context ends."""
-    policy, x = Scalar(1.0), torch.ones(1, 1)
+    policy, x = Scalar(1.0), torch.ones(1, 1, 1)
     average = MovingAverage(policy)
     policy.set(4.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):

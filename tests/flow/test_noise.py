@@ -15,6 +15,7 @@ from rlhf_mel import cli
 from rlhf_mel.evaluation import evaluate as evaluate_module
 from rlhf_mel.evaluation.evaluate import EvaluationResult, evaluate
 from rlhf_mel.flow.noise import branched, item_generator, item_noise, seeded
+from rlhf_mel.pipeline import Sampling
 from rlhf_mel.rewards.combine import Rewards
 from rlhf_mel.training import trainer as trainer_module
 
@@ -38,6 +39,7 @@ def stand_still(policy: Any) -> Any:
 def test_a_seed_and_a_row_are_the_same_noise_on_the_command_line_in_an_evaluation_and_in_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(evaluate_module, "default_judges", list)  # they are slow, and not asked for here
     dataset = small_runs.write_dataset(tmp_path / "data").head(3)
     prompts = dataset.collate([dataset[row] for row in range(3)])
 
@@ -45,11 +47,10 @@ def test_a_seed_and_a_row_are_the_same_noise_on_the_command_line_in_an_evaluatio
     spoken = list(cli.speak(arguments, stand_still(small_runs.policy()), Frames(), dataset))
 
     policy, rewards = stand_still(small_runs.policy()), Rewards([small_runs.Near()])
-    evaluated = evaluate(policy, Frames(), rewards, prompts, seed=SEED, steps=3, batch_size=2, judges=[])
+    evaluated = evaluate(policy, Frames(), rewards, prompts, sampling=Sampling(steps=3), seed=SEED, batch_size=2)
 
     written: list[EvaluationResult] = []
     monkeypatch.setattr(trainer_module, "write_samples", lambda folder, prompts, before, after: written.append(before))
-    monkeypatch.setattr(evaluate_module, "DEFAULT_JUDGES", ())  # slow, and not asked for here
     monkeypatch.setattr(small_runs, "Voice", Frames)
     options: dict[str, Any] = dict(seed=SEED, beta=0.0, num_eval_prompts=3, max_steps=1, sampling_steps=4)
     run = small_runs.trainer(tmp_path / "run", dataset, **options)

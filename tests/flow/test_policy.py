@@ -103,6 +103,8 @@ class GaussianPolicy:
     """No module, no network: the flow of problems.py behind the protocol, 2 frames of it the reference's."""
 
     flow = LinearGaussianFlow()
+    tokenizer = None
+    voices: tuple[str, ...] = ()
 
     def durations(self, prompts: Prompts) -> Tensor:
         return torch.tensor([5, 4, 5])[: len(prompts)]

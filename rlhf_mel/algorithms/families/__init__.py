@@ -1,0 +1,1 @@
+"""What algorithms of one kind share."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf_mel.types import Scores
@@ -45,15 +46,15 @@ def check_scaling(
 def score_advantages(
     scores: Scores,
     weights: Mapping[str, float],
-    group_ids: Tensor | None,
+    group_ids: Int[Tensor, " b"] | None,
     *,
     scale_rewards: str = "group",
     multi_objective_aggregation: str = "sum_then_normalize",
-) -> Tensor:
-    """Advantages, float32 [B], of what the reward models said.
+) -> Float[Tensor, " b"]:
+    """Advantages, float32, of what the reward models said.
 
     weights: one a name of `scores.breakdown`.
-    group_ids: long [B]; None: every row is its own group, and every advantage 0.
+    group_ids: None: every row is its own group, and every advantage 0.
     multi_objective_aggregation: "sum_then_normalize" takes the weighted sum as the reward. "normalize_then_sum"
         takes for it the sum of weight times each reward's own deviation from its group, in standard deviations, so
         that the scale of a reward does not decide what counts; the sum is normalised over the batch (in TRL
@@ -71,23 +72,25 @@ def score_advantages(
     return batch_advantages(summed.where(total.isfinite(), torch.nan))
 
 
-def group_advantages(rewards: Tensor, group_ids: Tensor, *, scale_rewards: str = "group") -> Tensor:
-    """Advantages [B] of `rewards` [B] over the mean of their group (`group_ids` [B])."""
+def group_advantages(
+    rewards: Float[Tensor, " b"], group_ids: Int[Tensor, " b"], *, scale_rewards: str = "group"
+) -> Float[Tensor, " b"]:
+    """Advantages of `rewards` over the mean of their group."""
     centred = torch.zeros_like(rewards)
     scale = torch.ones_like(rewards)
-    for group in group_ids.unique():
+    for group in torch.unique(group_ids):
         members = (group_ids == group) & rewards.isfinite()
-        own = rewards[members]
-        if len(own) > 1 and not bool((own == own[0]).all()):
-            centred[members] = own - own.mean()
+        compared = rewards[members]
+        if len(compared) > 1 and not bool((compared == compared[0]).all()):
+            centred[members] = compared - compared.mean()
             if scale_rewards == "group":
-                scale[members] = own.std() + EPSILON
+                scale[members] = compared.std() + EPSILON
     if scale_rewards == "batch":
         finite = rewards[rewards.isfinite()]
         scale = finite.std() + EPSILON if len(finite) > 1 else scale
     return centred / scale
 
 
-def batch_advantages(rewards: Tensor) -> Tensor:
-    """Advantages [B] of `rewards` [B] over all of them: one group."""
+def batch_advantages(rewards: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """Advantages of `rewards` over all of them: one group."""
     return group_advantages(rewards, torch.zeros(len(rewards), dtype=torch.long, device=rewards.device))

@@ -22,21 +22,24 @@ come from its own generator; the n draws of an item are stratified in time. Loss
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from typing_extensions import override
 
+from rlhf_mel.algorithms.base import LaggedAlgorithm
 from rlhf_mel.algorithms.families.advantages import check_scaling, score_advantages
+from rlhf_mel.flow.ema import MovingAverage
 from rlhf_mel.flow.noise import Generators, item_generators, of_rows
 from rlhf_mel.flow.path import interpolate, velocity
-from rlhf_mel.flow.policy import Policy, Velocities, evaluating, rows_by_duration, velocity_as_now
+from rlhf_mel.flow.policy import Policy, Velocities, evaluating, rows_by_duration, velocity_as_now, with_durations
 from rlhf_mel.flow.recompute import differentiated
 from rlhf_mel.masked import counted_mean, lengths_to_mask
-from rlhf_mel.metrics import score_metrics
+from rlhf_mel.metrics import Metrics, score_metrics
 from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts, Rollout
 
@@ -58,25 +61,26 @@ class ForwardProcessOptions:
     advantage_clip: float = 5.0
     """Largest size of an advantage."""
 
-
-def check_options(name: str, options: ForwardProcessOptions) -> None:
-    """Raise a ValueError on the first invalid option; `name` is the algorithm's."""
-    check_scaling(name, options.scale_rewards, options.multi_objective_aggregation)
-    draws, guidance = options.num_noise_samples, options.loss_cfg_strength
-    if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
-        raise ValueError(f"num_noise_samples of {name}: expected a whole number of at least 1, got {draws!r}")
-    check_number(name, "time_power", options.time_power, least=0.0)
-    check_positive(name, "advantage_clip", options.advantage_clip)
-    if guidance is not None:
-        check_number(name, "loss_cfg_strength", guidance, least=0.0)
+    def check(self, name: str) -> None:
+        """Raise a ValueError on the first invalid option; `name` is the algorithm's."""
+        check_scaling(name, self.scale_rewards, self.multi_objective_aggregation)
+        draws, guidance = self.num_noise_samples, self.loss_cfg_strength
+        if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
+            raise ValueError(f"num_noise_samples of {name}: expected a whole number of at least 1, got {draws!r}")
+        check_number(name, "time_power", self.time_power, least=0.0)
+        check_positive(name, "advantage_clip", self.advantage_clip)
+        if guidance is not None:
+            check_number(name, "loss_cfg_strength", guidance, least=0.0)
 
 
 def check_number(name: str, option: str, value: Any, *, least: float) -> None:
+    """Raise a ValueError unless `value`, of an option of the algorithm `name`, is a number of at least `least`."""
     if not isinstance(value, int | float) or not value >= least:
         raise ValueError(f"{option} of {name}: expected a number of at least {least:g}, got {value!r}")
 
 
 def check_positive(name: str, option: str, value: Any) -> None:
+    """Raise a ValueError unless `value`, of an option of the algorithm `name`, is a number above 0."""
     if not isinstance(value, int | float) or not value > 0:
         raise ValueError(f"{option} of {name}: expected a number above 0, got {value!r}")
 
@@ -87,13 +91,12 @@ class Samples:
 
     prompts: Prompts
     """With `durations_frames` as the rollouts have them."""
-    spoken: Rollout
-    advantages: Tensor
-    """Float [B]."""
-    group_ids: Tensor
-    """Long [B]: rollouts that were compared with each other share one."""
-    dropped: Tensor
-    """Bool [B]: rollouts without a reward; they count in anchors only."""
+    rollouts: Rollout
+    advantages: Float[Tensor, " b"]
+    group_ids: Int[Tensor, " b"]
+    """Rollouts that were compared with each other share one."""
+    dropped: Bool[Tensor, " b"]
+    """Rollouts without a reward; they count in anchors only."""
     cfg_strength: float
     """Guidance of the rollouts."""
     metrics: Mapping[str, Tensor]
@@ -101,33 +104,44 @@ class Samples:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LaggedSamples:
+    """Rollouts of theta_old (ema.LaggedPolicy), and theta_old itself, as it was when they were made."""
+
+    samples: Samples
+    old: MovingAverage
+
+
+@dataclass(frozen=True, kw_only=True)
 class Draw:
-    """One draw of time and noise for b samples of one total duration of T frames, all float32."""
+    """One draw of time and noise for b samples of one total duration of n frames, all float32."""
 
     index: int
     """Which of the draws."""
     rows: Sequence[int]
     """Places of the samples in their batch."""
-    t: Tensor
-    """[b]"""
-    target: Tensor
-    """[b, T, M]: u = x_1 - x_0."""
-    velocity: Tensor
-    """[b, T, M]: v_theta(x_t, t), with gradient."""
-    others: Mapping[str, Tensor]
-    """[b, T, M]: velocities of other policies there, without gradient."""
-    counted: Tensor
-    """Bool [b, T]: generated frames."""
-    advantages: Tensor
-    """[b]"""
+    t: Float[Tensor, " b"]
+    target: Float[Tensor, "b n m"]
+    """u = x_1 - x_0."""
+    velocity: Float[Tensor, "b n m"]
+    """v_theta(x_t, t), with gradient."""
+    others: Mapping[str, Float[Tensor, "b n m"]]
+    """Velocities of other policies there, without gradient."""
+    counted: Bool[Tensor, "b n"]
+    """Generated frames."""
+    advantages: Float[Tensor, " b"]
 
-    def mse(self, one: Tensor, other: Tensor) -> Tensor:
-        """Mean [b] of (one - other)^2 over the elements of the generated frames."""
+    def mse(self, one: Float[Tensor, "b n m"], other: Float[Tensor, "b n m"]) -> Float[Tensor, " b"]:
+        """Mean of (one - other)^2 over the elements of the generated frames."""
         return counted_mean((one - other).square(), self.counted)
 
+    def anchors(self) -> dict[str, Float[Tensor, " b"]]:
+        """`anchor`, mean (v_theta - v_ref)^2, if there is a reference."""
+        reference = self.others.get("reference")
+        return {} if reference is None else {"anchor": self.mse(self.velocity, reference)}
 
-Objective = Callable[[Draw], Mapping[str, Tensor]]
-"""What an algorithm says of a draw: values [b] by name."""
+
+Objective = Callable[[Draw], Mapping[str, Float[Tensor, " b"]]]
+"""What an algorithm says of a draw: values by name."""
 
 
 def regress(
@@ -136,20 +150,21 @@ def regress(
     objective: Objective,
     options: ForwardProcessOptions,
     generator: Generators,
-    **others: Velocities,
-) -> dict[str, Tensor]:
-    """Means [B] over the draws of what `objective` says of each, with gradients where its values have them.
+    **others: Velocities | None,
+) -> dict[str, Float[Tensor, " b"]]:
+    """Means over the draws of what `objective` says of each, with gradients where its values have them.
 
     generator: for times and noise; one for all, seeded in the order of the samples, or one an item.
-    others: by the name that a Draw has them under; asked without gradient.
+    others: by the name that a Draw has them under, without those that are None; asked without gradient.
     """
+    compared = {name: other for name, other in others.items() if other is not None}
     generators = item_generators(generator, len(samples.prompts))
     by_duration = rows_by_duration(samples.prompts)
     checkpoint = len(by_duration) * options.num_noise_samples > 1  # else one velocity's graph is all there is
     sums: dict[str, Tensor] = {}
     with evaluating(policy):
         for rows in by_duration:
-            for draw in _draws(policy, samples, rows, options, of_rows(generators, rows), others, checkpoint):
+            for draw in _draws(policy, samples, rows, options, of_rows(generators, rows), compared, checkpoint):
                 index = torch.tensor(rows, device=draw.t.device)
                 for name, values in objective(draw).items():
                     empty = values.new_zeros(len(samples.prompts))
@@ -193,16 +208,18 @@ def _draws(
         )
 
 
-def final_mels(policy: Policy, samples: Samples, rows: Sequence[int], cond: Any) -> Tensor:
-    """x_1, float32 [b, T, M]: the mels at `rows` where they were generated, elsewhere what `finalize` pastes in."""
-    mel, lengths_frames = samples.spoken.mel[list(rows)], samples.spoken.lengths_frames[list(rows)]
+def final_mels(policy: Policy, samples: Samples, rows: Sequence[int], cond: Any) -> Float[Tensor, "b n m"]:
+    """x_1, float32: the mels at `rows` where they were generated, elsewhere what `finalize` pastes in."""
+    mel, lengths_frames = samples.rollouts.mel[list(rows)], samples.rollouts.lengths_frames[list(rows)]
     x1 = mel.new_zeros(*cond.generated.shape, mel.shape[-1])
     x1[cond.generated] = mel[lengths_to_mask(lengths_frames, mel.shape[1])]
     return policy.finalize(x1, cond).float().detach()
 
 
-def draw_times(batch: int, options: ForwardProcessOptions, generators: Sequence[torch.Generator] | None) -> Tensor:
-    """Times [n, b] of [0, 1]: of an item's n draws, one in each n-th of the probability of `time_power`."""
+def draw_times(
+    batch: int, options: ForwardProcessOptions, generators: Sequence[torch.Generator] | None
+) -> Float[Tensor, "draws b"]:
+    """Times of [0, 1]: of an item's n draws, one in each n-th of the probability of `time_power`."""
     n = options.num_noise_samples
     each = [None] * batch if generators is None else generators
     uniform = torch.stack(
@@ -212,15 +229,14 @@ def draw_times(batch: int, options: ForwardProcessOptions, generators: Sequence[
     return 1 - (1 - share) ** (1 / (1 + options.time_power))
 
 
-def anchor_to(reference: Velocities | None) -> dict[str, Velocities]:
-    """The reference by its name, if there is one."""
-    return {} if reference is None else {"reference": reference}
-
-
-def anchors(draw: Draw) -> dict[str, Tensor]:
-    """`anchor` [b], mean (v_theta - v_ref)^2, if there is a reference."""
-    reference = draw.others.get("reference")
-    return {} if reference is None else {"anchor": draw.mse(draw.velocity, reference)}
+def anchored_loss(
+    loss: Float[Tensor, ""], samples: Samples, values: Mapping[str, Float[Tensor, " b"]], **weights: float
+) -> tuple[Float[Tensor, ""], Metrics]:
+    """`loss` plus weight times mean of those `values` that have a weight; and all values to log, with the samples'."""
+    for name, weight in weights.items():
+        if name in values:
+            loss = loss + weight * values[name].mean()
+    return loss, {**samples.metrics, **{name: value.detach() for name, value in values.items()}}
 
 
 def collect_samples(
@@ -235,9 +251,9 @@ def collect_samples(
 
     across_groups: compare all rollouts of the batch with each other, whatever their prompt.
     """
-    prompts = dataclasses.replace(prompts, durations_frames=pipeline.policy.durations(prompts))
-    spoken = pipeline.sample(prompts, generator)
-    scores = pipeline.score(spoken, prompts)
+    prompts = with_durations(pipeline.policy, prompts)
+    rollouts = pipeline.sample(prompts, generator)
+    scores = pipeline.score(rollouts, prompts)
     group_ids = torch.arange(len(prompts)) if prompts.group_ids is None else prompts.group_ids
     compared = (torch.zeros_like(group_ids) if across_groups else group_ids).to(scores.total.device)
     advantages = score_advantages(
@@ -250,10 +266,28 @@ def collect_samples(
     dropped = ~scores.total.isfinite()
     return Samples(
         prompts=prompts,
-        spoken=spoken,
+        rollouts=rollouts,
         advantages=advantages.clamp(-options.advantage_clip, options.advantage_clip),
         group_ids=compared,
         dropped=dropped,
         cfg_strength=pipeline.sampling.cfg_strength,
         metrics=score_metrics(scores, prompts.group_ids) | {"dropped_rollouts": dropped},
     )
+
+
+class OldPolicyAlgorithm(LaggedAlgorithm):
+    """An algorithm whose rollouts are theta_old's, which follows the policy up to now (ema.LaggedPolicy)."""
+
+    @override
+    def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> LaggedSamples:
+        old = self._lagged.refreshed(pipeline.policy)
+        with old.applied():
+            return LaggedSamples(samples=collect_samples(pipeline, prompts, generator, self.config), old=old)
+
+    def regressed(
+        self, pipeline: Pipeline, collected: LaggedSamples, objective: Objective, generator: torch.Generator
+    ) -> dict[str, Float[Tensor, " b"]]:
+        """`regress` beside theta_old and the reference."""
+        old, reference = collected.old, pipeline.reference
+        samples, options = collected.samples, self.config
+        return regress(pipeline.policy, samples, objective, options, generator, old=old, reference=reference)

@@ -4,7 +4,7 @@
     loss = mean_items mean_k [ max(-A ratio_k, -A clip(ratio_k, 1 - eps_low, 1 + eps_high)) + beta KL_k ]
 
 p is Gaussian, so the divergence to the reference policy has a closed form, KL_k = (mean - mean_ref)^2 / (2 std^2).
-Both log p and KL are means over the elements of an item (see solvers.mean_log_prob). Where nothing is clipped, the
+Both log p and KL are means over the elements of an item (see sde.mean_log_prob). Where nothing is clipped, the
 gradient is that of E[A] - beta E[sum_k KL_k], the KL-regularised objective, divided by elements and steps: with
 advantages that are rewards less a baseline, its optimum is the reference's path distribution tilted by exp(r / beta).
 
@@ -26,37 +26,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
+from typing_extensions import override
 
+from rlhf_mel.algorithms.base import AlgorithmBase, Clip
 from rlhf_mel.flow.ode import STEPWISE_METHODS
 from rlhf_mel.flow.policy import Policy
 from rlhf_mel.flow.reference import ReferencePolicy
 from rlhf_mel.flow.sde import SDE, Transition, mean_log_prob, transition_kl
 from rlhf_mel.flow.sde_rollout import Trajectory, replay
 from rlhf_mel.masked import counted_mean
+from rlhf_mel.metrics import Metrics
 from rlhf_mel.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
-class Clip:
-    """How far a ratio counts, and in which form."""
-
-    low: float
-    """eps_low; infinite: no bound."""
-    high: float
-    guard: bool = False
-    """The ratio and the weights of steps of GRPO-Guard."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Collected:
-    """B rollouts that several updates learn from."""
+class ScoredTrajectories:
+    """B rollouts with random steps that several updates learn from, and what they are worth."""
 
     trajectories: Sequence[Trajectory]
-    advantages: Tensor
-    """Float [B]."""
-    dropped: Tensor
-    """Bool [B]: rollouts without a reward; they count in the anchor only."""
+    advantages: Float[Tensor, " b"]
+    dropped: Bool[Tensor, " b"]
+    """Rollouts without a reward; they count in the anchor only."""
     metrics: Mapping[str, Tensor]
     """What to log of them, with every update that they are used for."""
 
@@ -70,33 +62,42 @@ def check_clipping(name: str, low: float, high: float | None, advantage_clip: fl
             raise ValueError(f"{option} of {name}: expected a number above 0, got {value!r}")
 
 
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip: Clip) -> Tensor:
-    """max(-A ratio, -A clip(ratio)), elementwise; A is broadcast over the steps of `ratio` [W, b]."""
+def clipped_surrogate(
+    ratio: Float[Tensor, "*steps b"], advantages: Float[Tensor, " b"], clip: Clip
+) -> Float[Tensor, "*steps b"]:
+    """max(-A ratio, -A clip(ratio)), elementwise; A is the same in all steps of a rollout."""
     clipped = ratio.clamp(1 - clip.low, 1 + clip.high)
     return torch.maximum(-advantages * ratio, -advantages * clipped)
 
 
-def clipped_shares(ratio: Tensor, advantages: Tensor, clip: Clip) -> dict[str, Tensor]:
-    """TRL's clip_ratio metrics: of each item [b], the share of steps [W, b] whose gradient the bounds cut off."""
+def clipped_shares(
+    ratio: Float[Tensor, "steps b"], advantages: Float[Tensor, " b"], clip: Clip
+) -> dict[str, Float[Tensor, " b"]]:
+    """TRL's clip_ratio metrics: of each item, the share of steps whose gradient the bounds cut off."""
     low = (ratio < 1 - clip.low) & (advantages < 0)
     high = (ratio > 1 + clip.high) & (advantages > 0)
     shares = {"low_mean": low, "high_mean": high, "region_mean": low | high}
     return {f"clip_ratio/{name}": cut.float().mean(0) for name, cut in shares.items()}
 
 
-def guard_log_ratio(x: Tensor, transition: Transition, mean_old: Tensor, counted: Tensor) -> Tensor:
-    """GRPO-Guard's log-ratio [b] of the step to x: mean of (mean - mean_old) (x - mean_old) / std."""
+def guard_log_ratio(
+    x: Float[Tensor, "b n m"],
+    transition: Transition,
+    mean_old: Float[Tensor, "b n m"],
+    counted: Bool[Tensor, "b n"],
+) -> Float[Tensor, " b"]:
+    """GRPO-Guard's log-ratio of the step to x: mean of (mean - mean_old) (x - mean_old) / std."""
     return counted_mean((transition.mean - mean_old) * (x - mean_old) / transition.std, counted)
 
 
 def policy_gradient_loss(
     policy: Policy,
     reference: ReferencePolicy | None,
-    collected: Collected,
+    collected: ScoredTrajectories,
     *,
     clip: Clip,
     beta: float,
-) -> tuple[Tensor, Mapping[str, Tensor]]:
+) -> tuple[Float[Tensor, ""], Mapping[str, Float[Tensor, " b"]]]:
     """The loss of B rollouts, and of each `clip_ratio/*`, `kl` and `ratio_error`, the largest |ratio - 1| of its steps.
 
     `reference` is None where beta is 0.
@@ -109,10 +110,12 @@ def policy_gradient_loss(
     for trajectory in trajectories:
         rows = torch.tensor(trajectory.rows, device=advantages.device)
         transitions, counted = replay(policy, trajectory)
-        own, ratio = advantages[rows], ratios(trajectory, transitions, counted, clip)
-        surrogate = (_step_weights(trajectory, clip) * clipped_surrogate(ratio, own, clip)).mean(0)
+        ratio = ratios(trajectory, transitions, counted, clip)
+        surrogate = (_step_weights(trajectory, clip) * clipped_surrogate(ratio, advantages[rows], clip)).mean(0)
         loss = loss + (kept[rows] * surrogate).sum()
-        logged = clipped_shares(ratio.detach(), own, clip) | {"ratio_error": (ratio.detach() - 1).abs().amax(0)}
+        logged = clipped_shares(ratio.detach(), advantages[rows], clip) | {
+            "ratio_error": (ratio.detach() - 1).abs().amax(0)
+        }
         if reference is not None:
             kl = _kls(reference, trajectory, transitions, counted).mean(0)
             loss = loss + beta * kl.sum() / batch
@@ -122,8 +125,10 @@ def policy_gradient_loss(
     return loss, metrics
 
 
-def ratios(trajectory: Trajectory, transitions: Sequence[Transition], counted: Tensor, clip: Clip) -> Tensor:
-    """[W, b]: of each step, 1 where the policy is the one that rolled out."""
+def ratios(
+    trajectory: Trajectory, transitions: Sequence[Transition], counted: Bool[Tensor, "b n"], clip: Clip
+) -> Float[Tensor, "steps b"]:
+    """Ratio of probabilities of each step: 1 where the policy is the one that rolled out."""
     reached = trajectory.states[1:]
     if clip.guard:
         visited = zip(reached, transitions, trajectory.means, strict=True)
@@ -164,3 +169,32 @@ def check_sde_window(name: str, pipeline: Pipeline, sde: SDE, window: range) -> 
         raise ValueError(
             f"algorithm {name!r} takes single steps: expected --solver of {STEPWISE_METHODS}, got {method!r}"
         )
+
+
+class PolicyGradientAlgorithm(AlgorithmBase):
+    """PPO on random steps: the Config has `sde` and `noise_level` of their noise, `epsilon` and `epsilon_high`.
+
+    A subclass collects `ScoredTrajectories`, and says in which steps and by which advantages.
+    """
+
+    @property
+    @override
+    def clip(self) -> Clip:
+        return Clip.of(self.config.epsilon, self.config.epsilon_high)
+
+    @property
+    @override
+    def step_noise(self) -> SDE:
+        return SDE(kind=self.config.sde, noise_level=self.config.noise_level)
+
+    @override
+    def loss(
+        self, pipeline: Pipeline, collected: ScoredTrajectories, generator: torch.Generator
+    ) -> tuple[Float[Tensor, ""], Metrics]:
+        policy, reference = pipeline.policy, pipeline.reference
+        loss, metrics = policy_gradient_loss(policy, reference, collected, clip=self.clip, beta=self.beta)
+        return loss, {**collected.metrics, **metrics}
+
+    @override
+    def trajectories(self, collected: ScoredTrajectories) -> Sequence[Trajectory]:
+        return collected.trajectories
