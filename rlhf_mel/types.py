@@ -30,6 +30,8 @@ class Prompts:
     sample_rate_hz: int = 24_000
     durations_frames: Int[Tensor, " b"] | None = None
     """Mel frames of reference plus generated speech; None: the policy's duration rule."""
+    timing_seeds: Int[Tensor, " b"] | None = None
+    """What the rhythm of each item is drawn from, by a policy that draws it; None: not drawn yet (flow/policy.py)."""
     group_ids: Int[Tensor, " b"] | None = None
     """Rollouts of one prompt share a group id; None: every row is its own group."""
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)

@@ -28,9 +28,9 @@ from typing_extensions import override
 
 from rlhf_mel.algorithms.base import AlgorithmBase
 from rlhf_mel.algorithms.families.pathwise import draft_loss, pathwise_scores
-from rlhf_mel.flow.noise import item_generators, item_noise
+from rlhf_mel.flow.noise import branched, item_generators, item_noise
 from rlhf_mel.flow.path import interpolate
-from rlhf_mel.flow.policy import rollout, with_durations
+from rlhf_mel.flow.policy import rollout, with_durations, with_timing
 from rlhf_mel.flow.start_states import Restarted, begin_at
 from rlhf_mel.metrics import Metrics
 from rlhf_mel.pipeline import Pipeline
@@ -73,6 +73,7 @@ class DraftLV(AlgorithmBase):
     ) -> tuple[Float[Tensor, ""], Metrics]:
         policy, sampling = pipeline.policy, pipeline.sampling
         options = dataclasses.asdict(sampling)
+        collected = with_timing(policy, collected, branched(generator, len(collected)))
         samples = rollout(policy, collected, generator=generator, grad_steps=0, return_trajectory=True, **options)
         assert samples.trajectory is not None
         # group_ids would make groups of the n last steps

@@ -34,7 +34,7 @@ from rlhf_mel.masked import lengths_to_mask
 from rlhf_mel.modules import modules_of
 from rlhf_mel.speech.audio import MelSpec, samples_to_frames
 from rlhf_mel.speech.text import Tokenizer
-from rlhf_mel.speech.token_cache import cached
+from rlhf_mel.speech.token_cache import CachedTokenizer, cached
 from rlhf_mel.types import Prompts
 
 FULL_LOAD = 4096
@@ -223,6 +223,11 @@ class CFM(nn.Module):
         error = (pred - velocity(x0, x1)).square().mean(dim=-1)
         return (error * hidden).sum() / hidden.sum(), known, pred
 
+    @property
+    def draws_timing(self) -> bool:
+        """Whether the tokenizer knows by what distribution the rhythm of takes differs."""
+        return self.tokenizer is not None and cached(self.tokenizer).draws_timing
+
     def durations(self, prompts: Prompts) -> Int[Tensor, " b"]:
         """Total frames: `durations_frames`, else reference frames (1 + spoken length of text / transcript).
 
@@ -337,7 +342,7 @@ class CFM(nn.Module):
         return prompt_ids(prompts, references, totals, self.vocab_char_map or {}, self._tokenize)
 
     @property
-    def _tokenize(self) -> Tokenizer:
+    def _tokenize(self) -> CachedTokenizer:
         if self.tokenizer is None:
             raise ValueError(
                 "CFM: expected a tokenizer to read prompts with, got none;"

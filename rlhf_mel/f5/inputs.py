@@ -12,10 +12,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_mel.speech.audio import MelSpec, log_mel
 from rlhf_mel.speech.text import Tokenizer, tokens_to_ids
+from rlhf_mel.speech.token_cache import CachedTokenizer
 from rlhf_mel.types import Prompts
 
 Text = Tensor | Sequence[str] | Sequence[Sequence[str]]
 """Ids [b, t] padded with -1, b strings, or b lists of tokens."""
+
+DRAWN_FRAMES = 16
+"""Drawn total durations are multiples of it (0.17 s), so that takes of one length can be solved together."""
 
 
 def as_mel(sound: Tensor, mel_spec: Any, channels: int) -> Float[Tensor, "b n m"]:
@@ -66,16 +70,25 @@ def prompt_ids(
     reference_frames: Int[Tensor, " b"],
     total_frames: Int[Tensor, " b"],
     vocab: Mapping[str, int],
-    tokenizer: Tokenizer,
+    tokenizer: CachedTokenizer,
 ) -> Int[Tensor, "b t"]:
     """Ids padded with -1 of reference text and text, one after the other, in `reference_frames` of `total_frames`."""
     texts = zip(prompts.reference_texts, prompts.texts, strict=True)
     frames = zip(reference_frames.tolist(), total_frames.tolist(), strict=True)
     tokens = [
-        tokenizer.prompt(reference_text.strip(), text.strip(), *counts)
-        for (reference_text, text), counts in zip(texts, frames, strict=True)
+        timed.prompt(reference_text.strip(), text.strip(), *counts)
+        for timed, (reference_text, text), counts in zip(
+            timed_tokenizers(prompts, tokenizer), texts, frames, strict=True
+        )
     ]
     return tokens_to_ids(tokens, vocab)
+
+
+def timed_tokenizers(prompts: Prompts, tokenizer: CachedTokenizer) -> list[CachedTokenizer]:
+    """The tokenizer with the timing that was drawn for each prompt, if one was."""
+    if prompts.timing_seeds is None:
+        return [tokenizer] * len(prompts)
+    return [tokenizer.drawn(seed) for seed in prompts.timing_seeds.tolist()]
 
 
 def reference_mels(prompts: Prompts, mel_spec: MelSpec) -> list[Float[Tensor, "n m"]]:
@@ -84,12 +97,20 @@ def reference_mels(prompts: Prompts, mel_spec: MelSpec) -> list[Float[Tensor, "n
     return [log_mel(clip[None, :length], mel_spec)[0] for clip, length in clips]
 
 
-def durations_by_text(prompts: Prompts, reference_frames: Int[Tensor, " b"], tokenizer: Tokenizer) -> Int[Tensor, " b"]:
-    """Reference frames (1 + spoken length of text / that of the transcript), at least one more than the reference."""
-    spoken = [tokenizer.spoken_length(text) for text in prompts.texts]
+def durations_by_text(
+    prompts: Prompts, reference_frames: Int[Tensor, " b"], tokenizer: CachedTokenizer
+) -> Int[Tensor, " b"]:
+    """Reference frames (1 + spoken length of text / that of the transcript), at least one more than the reference.
+
+    A drawn length is rounded up to a total of whole DRAWN_FRAMES.
+    """
+    timed = timed_tokenizers(prompts, tokenizer)
+    spoken = [one.spoken_length(text) for one, text in zip(timed, prompts.texts, strict=True)]
     reference_spoken = [tokenizer.spoken_length(text) for text in prompts.reference_texts]
     rows = zip(reference_frames.tolist(), spoken, reference_spoken, strict=True)
     totals = [frames + max(1, int(frames * length / reference)) for frames, length, reference in rows]
+    if prompts.timing_seeds is not None:
+        totals = [-(-total // DRAWN_FRAMES) * DRAWN_FRAMES for total in totals]
     return torch.tensor(totals, device=reference_frames.device)
 
 

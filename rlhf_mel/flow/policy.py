@@ -95,6 +95,16 @@ class FastGradients(Protocol):
         ...
 
 
+@runtime_checkable
+class DrawsTiming(Protocol):
+    """What a policy may have besides: a rhythm that differs from take to take."""
+
+    @property
+    def draws_timing(self) -> bool:
+        """Whether the rhythm of an item, and so its duration, depends on `prompts.timing_seeds`."""
+        ...
+
+
 class PolicyWrapper(nn.Module):
     """A policy around another one, and a Policy itself: what a subclass does not change is the other's.
 
@@ -115,6 +125,11 @@ class PolicyWrapper(nn.Module):
     def voices(self) -> Sequence[str]:
         """Of the policy inside."""
         return self.policy.voices
+
+    @property
+    def draws_timing(self) -> bool:
+        """Of the policy inside."""
+        return isinstance(self.policy, DrawsTiming) and self.policy.draws_timing
 
     def inner(self, cond: Any) -> Any:
         """The condition of the policy inside."""
@@ -207,8 +222,8 @@ def rollout(
     differentiable = grad_steps is None or bool(grad_steps)
     if differentiable:
         require_gradients("rollout", remedy="pass grad_steps=0 for samples without gradients")
-    prompts = with_durations(policy, prompts)
     generators = item_generators(generator, len(prompts))
+    prompts = with_durations(policy, with_timing(policy, prompts, generators))
     mels: dict[int, Tensor] = {}
     trajectories: dict[int, Tensor] = {}
     constant = policy.velocity_without_gradient if isinstance(policy, PolicyWrapper) else None
@@ -231,6 +246,19 @@ def rollout(
                 if return_trajectory:
                     trajectories[row] = torch.stack([state[item] for state in states])
     return collect_rollout(mels, trajectories)
+
+
+def with_timing(policy: Policy, prompts: Prompts, generators: Sequence[torch.Generator] | None) -> Prompts:
+    """The prompts with a rhythm drawn for each, where the policy draws it, none is there, and there are generators.
+
+    What is drawn belongs to the rollout: whoever goes over it again (a reference, a replay) takes these prompts.
+    """
+    if not (isinstance(policy, DrawsTiming) and policy.draws_timing):
+        return prompts
+    if generators is None or prompts.timing_seeds is not None:
+        return prompts
+    seeds = [int(torch.randint(2**62, (), generator=generator, device=generator.device)) for generator in generators]
+    return replace(prompts, timing_seeds=torch.tensor(seeds, device=prompts.reference_audio.device))
 
 
 def with_durations(policy: Policy, prompts: Prompts) -> Prompts:

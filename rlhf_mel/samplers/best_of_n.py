@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -51,8 +52,11 @@ class BestOfN(RewardSampler):
 
 
 def better(kept: Rollout, other: Rollout, chosen: Bool[Tensor, " b"]) -> Rollout:
-    """`other` in the rows that are `chosen`; both are of the same prompts, so of the same lengths."""
-    return Rollout(other.mel.where(chosen[:, None, None], kept.mel), kept.lengths_frames)
+    """`other` in the rows that are `chosen`."""
+    frames = max(kept.mel.shape[1], other.mel.shape[1])
+    mels = [F.pad(rollout.mel, (0, 0, 0, frames - rollout.mel.shape[1])) for rollout in (kept, other)]
+    lengths = other.lengths_frames.where(chosen.to(kept.lengths_frames.device), kept.lengths_frames)
+    return Rollout(mels[1].where(chosen[:, None, None], mels[0])[:, : int(lengths.max())], lengths)
 
 
 def candidate_generators(generators: list[torch.Generator] | None, n: int) -> list[list[torch.Generator] | None]:

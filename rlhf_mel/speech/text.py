@@ -15,11 +15,14 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -70,6 +73,20 @@ class Tokenizer(Protocol):
         ...
 
 
+@runtime_checkable
+class TimedTokenizer(Tokenizer, Protocol):
+    """A tokenizer whose tokens stand for stretches of time, and that can draw how long each lasts."""
+
+    @property
+    def draws_timing(self) -> bool:
+        """Whether a distribution to draw from is known."""
+        ...
+
+    def drawn(self, seed: int) -> Tokenizer:
+        """The tokenizer with durations of one draw for the texts that it reads, but for references, which are heard."""
+        ...
+
+
 class CharTokenizer:
     """F5-TTS's characters; speech time is taken to be proportional to UTF-8 bytes, as upstream's inference does."""
 
@@ -96,11 +113,32 @@ def load_lexicon() -> Mapping[str, tuple[str, ...]]:
     return {word: tuple(phonemes.split()) for word, phonemes in (line.split(" ", 1) for line in lines)}
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How the durations of takes differ from the likely ones: by log-normal factors, fitted by recipes/align.py."""
+
+    pace_std: float
+    """Standard deviation of the logarithm of a take's length."""
+    local_std: float
+    """The same of a phoneme's share of it."""
+    local_correlation: float
+    """Of the latter from one phoneme to the next: an autoregression of first order."""
+
+    def draw(self, count: int, seed: int) -> list[float]:
+        """`count` factors of one take; the same for the same seed on every machine. Beyond 2.5 sigma none is drawn."""
+        pace, first, *rest = np.random.default_rng(seed).standard_normal(count + 1).clip(-2.5, 2.5).tolist()
+        states = [first]
+        for kick in rest:
+            states.append(self.local_correlation * states[-1] + math.sqrt(1 - self.local_correlation**2) * kick)
+        return [math.exp(self.pace_std * pace + self.local_std * state) for state in states]
+
+
 class PhonemeTokenizer:
     """English words as ARPAbet, each phoneme as often as it lasts units of two frames; `{K AH0 M}` spells a word.
 
     A sentence is " " (the silence before it), its phonemes and its punctuation; a full stop is added where none closes
-    it. Durations are linear in `weights` (`durations.json`, fitted by recipes/align.py); without, all are alike.
+    it. Durations are linear in `weights` (`durations.json`, fitted by recipes/align.py); without, all are alike. Takes
+    differ from them by `timing`, where a seed is given.
 
     Raises:
         ValueError: a character other than letters, apostrophe, space and , . ? ! ; : - or a word that is not in
@@ -109,8 +147,24 @@ class PhonemeTokenizer:
 
     name = "phoneme"
 
-    def __init__(self, weights: Mapping[str, float] | None = None, units_per_phoneme: float = 3.5) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, float] | None = None,
+        units_per_phoneme: float = 3.5,
+        timing: Timing | None = None,
+        seed: int | None = None,
+    ) -> None:
         self.weights, self.units_per_phoneme = weights, units_per_phoneme
+        self.timing, self.seed = timing, seed
+
+    @property
+    def draws_timing(self) -> bool:
+        """Whether the tokenizer knows how takes differ."""
+        return self.timing is not None
+
+    def drawn(self, seed: int | None) -> PhonemeTokenizer:
+        """The same with the durations of one take; None: with those that are most likely."""
+        return PhonemeTokenizer(self.weights, self.units_per_phoneme, self.timing, seed)
 
     def __call__(self, text: str, frames: int | None = None) -> list[str]:
         """Phonemes, each once for two of the frames that it lasts, `frames` in all; None: the usual pace."""
@@ -126,7 +180,7 @@ class PhonemeTokenizer:
         """Phonemes of the reference over its frames, then those of the text over the rest of `frames`."""
         # as when aligned: a reference of odd length ends with half a unit
         reference = reference_frames + reference_frames % UNIT_FRAMES
-        return self(reference_text, reference) + self(text, frames - reference)
+        return self.drawn(None)(reference_text, reference) + self(text, frames - reference)
 
     def spoken_length(self, text: str) -> float:
         """Sum of the phonemes' durations, in units of the mean phoneme."""
@@ -148,11 +202,16 @@ class PhonemeTokenizer:
         return tokens
 
     def durations(self, phonemes: Sequence[str]) -> list[float]:
-        """Seconds of each phoneme relative to the mean phoneme; never below a fifth."""
+        """Seconds of each phoneme relative to the mean phoneme: at least a fifth, times what was drawn."""
         if self.weights is None:
-            return [1.0] * len(phonemes)
-        features = duration_features(phonemes)
-        return [max(sum(self.weights.get(name, 0.0) for name in names), 0.2) for names in features]
+            likely = [1.0] * len(phonemes)
+        else:
+            features = duration_features(phonemes)
+            likely = [max(sum(self.weights.get(name, 0.0) for name in names), 0.2) for names in features]
+        if self.timing is None or self.seed is None:
+            return likely
+        factors = self.timing.draw(len(phonemes), self.seed)
+        return [duration * factor for duration, factor in zip(likely, factors, strict=True)]
 
     @staticmethod
     def _parts(text: str) -> list[str]:
@@ -221,7 +280,8 @@ def spread(durations: Sequence[float], units: int) -> list[int]:
 
 def _bundled_phonemes() -> PhonemeTokenizer:
     card = json.loads((ASSETS / "durations.json").read_text(encoding="utf-8"))
-    return PhonemeTokenizer(card["weights"], card["units_per_phoneme"])
+    timing = Timing(**card["timing"]) if "timing" in card else None
+    return PhonemeTokenizer(card["weights"], card["units_per_phoneme"], timing)
 
 
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {

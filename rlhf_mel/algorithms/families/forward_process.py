@@ -34,9 +34,17 @@ from typing_extensions import override
 from rlhf_mel.algorithms.base import LaggedAlgorithm
 from rlhf_mel.algorithms.families.advantages import check_scaling, score_advantages
 from rlhf_mel.flow.ema import MovingAverage
-from rlhf_mel.flow.noise import Generators, item_generators, of_rows
+from rlhf_mel.flow.noise import Generators, branched, item_generators, of_rows
 from rlhf_mel.flow.path import interpolate, velocity
-from rlhf_mel.flow.policy import Policy, Velocities, evaluating, rows_by_duration, velocity_as_now, with_durations
+from rlhf_mel.flow.policy import (
+    Policy,
+    Velocities,
+    evaluating,
+    rows_by_duration,
+    velocity_as_now,
+    with_durations,
+    with_timing,
+)
 from rlhf_mel.flow.recompute import differentiated
 from rlhf_mel.masked import counted_mean, lengths_to_mask
 from rlhf_mel.metrics import Metrics, score_metrics
@@ -251,7 +259,8 @@ def collect_samples(
 
     across_groups: compare all rollouts of the batch with each other, whatever their prompt.
     """
-    prompts = with_durations(pipeline.policy, prompts)
+    policy = pipeline.policy
+    prompts = with_durations(policy, with_timing(policy, prompts, branched(generator, len(prompts))))
     rollouts = pipeline.sample(prompts, generator)
     scores = pipeline.score(rollouts, prompts)
     group_ids = torch.arange(len(prompts)) if prompts.group_ids is None else prompts.group_ids
