@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -45,6 +46,8 @@ class Corpus:
     voices: tuple[str, ...]
     held_out: tuple[bool, ...]
     """Whether a clip is kept from training; decided by its text, so no sentence is on both sides."""
+    labels: tuple[dict[str, Any], ...]
+    """The lines of `metadata.jsonl`: `conditions` and `slip`, where degrade.py wrote them."""
     sample_rate_hz: int
 
     def __len__(self) -> int:
@@ -58,11 +61,11 @@ class Corpus:
     def voice_names(self) -> list[str]:
         return sorted(set(self.voices))
 
-    def rows(self, *, held_out: bool, max_duration_s: float = math.inf) -> list[int]:
-        """The clips of one side of the split, short enough."""
+    def rows(self, *, held_out: bool, max_duration_s: float = math.inf, slips: bool = True) -> list[int]:
+        """The clips of one side of the split, short enough; without `slips` only those that say their text."""
         limit = max_duration_s * self.sample_rate_hz
-        rows = range(len(self))
-        return [row for row in rows if self.held_out[row] == held_out and self.spans[row][1] <= limit]
+        rows = [row for row in range(len(self)) if self.held_out[row] == held_out and self.spans[row][1] <= limit]
+        return [row for row in rows if slips or self.labels[row].get("slip") is None]
 
     def clip(self, row: int) -> Tensor:
         """Float32 [samples] in [-1, 1]: one clip."""
@@ -119,6 +122,7 @@ def load_corpus(path: str | Path, device: torch.device | str, sample_rate_hz: in
         texts=texts,
         voices=tuple(clip["voice"] for clip in clips),
         held_out=tuple(map(is_held_out, texts)),
+        labels=tuple(clips),
         sample_rate_hz=sample_rate_hz,
     )
 

@@ -51,9 +51,17 @@ ARCH = dict(
     text_mask_padding=True,
     text_embedding_average_upsampling=True,
 )
-LENGTHS_FRAMES = (384, 512, 640)
+LENGTHS_FRAMES = (448, 608, 800)
 SPARE_FRAMES = 3
 """How much of a pair's closing silence may be cut to make it fit."""
+SAME_CONDITION = 0.4
+"""Share of the pairs whose second clip is drawn from those of the first one's condition; in the others from all."""
+TIMING_STD = 0.15
+"""Of the logarithm by which each phoneme's share of time is off: where exactly it is heard is left to the flow."""
+TIMINGS = 4
+"""Different ones drawn for each clip."""
+BUCKETS = ("", "room", "noise", "band", "codec", "clip")
+"""A clip's is its last condition, as degrade.py has them in order; the first are those without."""
 
 
 @dataclass(frozen=True)
@@ -63,39 +71,44 @@ class Utterances:
     mel: Tensor
     """Float32 [frames of all clips, M]."""
     tokens: Tensor
-    """Long [tokens of all clips]: phonemes repeated as aligned."""
+    """Long [TIMINGS, tokens of all clips]: phonemes repeated as aligned, but for timings off by TIMING_STD."""
     guessed: Tensor
-    """Long, alike: repeated as the tokenizer guesses, each clip at its own pace."""
+    """Long [tokens of all clips]: repeated as the tokenizer guesses, each clip at its own pace."""
     spans: np.ndarray
     """Long [U, 4]: first frame, frames, first token, tokens of each clip."""
     keys: np.ndarray
-    """Long [U]: voice * 10_000 + frames, ascending."""
+    """Long [U]: (voice * len(BUCKETS) + bucket) * 10_000 + frames, ascending."""
 
 
-def read_alignment(path: Path, tokenizer: PhonemeTokenizer, vocab: dict[str, int]) -> dict[str, Tensor]:
-    """Clip id to long [2, tokens]: the phonemes repeated as aligned, and as guessed."""
+def read_alignment(
+    path: Path, tokenizer: PhonemeTokenizer, vocab: dict[str, int], rng: np.random.Generator
+) -> dict[str, Tensor]:
+    """Clip id to long [1 + TIMINGS, tokens]: the phonemes repeated as guessed, then as aligned, timings off."""
     aligned = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         clip = json.loads(line)
-        phonemes, units = clip["phonemes"], clip["units"]
-        both = (units, spread(tokenizer.durations(phonemes), sum(units)))
-        tokens = [[name for name, count in zip(phonemes, of, strict=True) for _ in range(count)] for of in both]
+        phonemes, units = clip["phonemes"], np.array(clip["units"])
+        off = np.exp(TIMING_STD * rng.standard_normal((TIMINGS, len(units))))
+        layouts = [tokenizer.durations(phonemes), *(units * off).tolist()]
+        spreads = [spread(layout, int(units.sum())) for layout in layouts]
+        tokens = [[name for name, count in zip(phonemes, of, strict=True) for _ in range(count)] for of in spreads]
         aligned[clip["id"]] = tokens_to_ids(tokens, vocab)
     return aligned
 
 
 def utterances(corpus: Corpus, rows: list[int], aligned: dict[str, Tensor]) -> Utterances:
-    voices = {name: index for index, name in enumerate(corpus.voice_names)}
+    voices = {name: index * len(BUCKETS) for index, name in enumerate(corpus.voice_names)}
     mels = {row: log_mel(corpus.clip(row)[None], MelSpec())[0] for row in rows}
     ids = {row: aligned[corpus.ids[row]] for row in rows}
-    key = {row: voices[corpus.voices[row]] * 10_000 + len(mels[row]) for row in rows}
+    bucket = {row: BUCKETS.index(["", *corpus.labels[row].get("conditions", {})][-1]) for row in rows}
+    key = {row: (voices[corpus.voices[row]] + bucket[row]) * 10_000 + len(mels[row]) for row in rows}
     rows = sorted(rows, key=lambda row: key[row])
     frames, tokens = np.array([len(mels[row]) for row in rows]), np.array([ids[row].shape[1] for row in rows])
     flat = torch.cat([ids[row] for row in rows], dim=1).to(corpus.samples.device)
     return Utterances(
         mel=torch.cat([mels[row] for row in rows]),
-        tokens=flat[0],
-        guessed=flat[1],
+        tokens=flat[1:],
+        guessed=flat[0],
         spans=np.stack([np.cumsum(frames) - frames, frames, np.cumsum(tokens) - tokens, tokens], axis=1),
         keys=np.array([key[row] for row in rows]),
     )
@@ -104,13 +117,16 @@ def utterances(corpus: Corpus, rows: list[int], aligned: dict[str, Tensor]) -> U
 def draw_pairs(clips: Utterances, batch: int, length_frames: int, rng: np.random.Generator) -> np.ndarray:
     """Long [batch, 8]: spans of two clips of one voice, together `length_frames` to `+ SPARE_FRAMES` long."""
     pairs = np.empty((0, 8), dtype=np.int64)
+    groups, frames = clips.keys // 10_000, clips.spans[:, 1]
     while len(pairs) < batch:
-        first = rng.integers(len(clips.keys), size=4 * batch)
-        voice, frames = clips.keys[first] // 10_000 * 10_000, clips.spans[first, 1]
-        wanted = voice + np.maximum(length_frames - frames, 1)
+        first = rng.integers(len(groups), size=6 * batch)
+        other = groups[rng.integers(len(groups), size=len(first))] % len(BUCKETS)  # as often as in the corpus
+        any_condition = groups[first] // len(BUCKETS) * len(BUCKETS) + other
+        group = np.where(rng.random(len(first)) < SAME_CONDITION, groups[first], any_condition)
+        wanted = group * 10_000 + np.maximum(length_frames - frames[first], 1)
         low = np.searchsorted(clips.keys, wanted)
         high = np.searchsorted(clips.keys, wanted + SPARE_FRAMES + 1)
-        found = (high > low) & (frames < length_frames)
+        found = (high > low) & (frames[first] < length_frames)
         second = (low + rng.random(len(low)) * (high - low)).astype(np.int64)[found]
         pairs = np.concatenate([pairs, np.concatenate([clips.spans[first[found]], clips.spans[second]], axis=1)])
     return pairs[:batch]
@@ -142,7 +158,9 @@ def flow_matching_loss(dit: DiT, clips: Utterances, pairs: Tensor, length_frames
     mel_a, frames_a, text_a, tokens_a, mel_b, frames_b, text_b, tokens_b = pairs.unbind(1)
     mel, _ = lay_end_to_end(clips.mel, mel_a, frames_a, mel_b, frames_b, length_frames)
     batch, device = len(pairs), mel.device
-    text, spoken = lay_end_to_end(clips.tokens, text_a, tokens_a, text_b, tokens_b, length_frames)
+    timing = torch.randint(TIMINGS, (batch,), device=device) * clips.guessed.numel()
+    starts = (text_a + timing, tokens_a, text_b + timing, tokens_b)
+    text, spoken = lay_end_to_end(clips.tokens.flatten(), *starts, length_frames)
     guess, _ = lay_end_to_end(clips.guessed, text_a, tokens_a, text_b, tokens_b, length_frames)
     in_reference = torch.arange(length_frames, device=device) < tokens_a[:, None]
     as_at_inference = (torch.arange(batch, device=device) % 2 == 0)[:, None]  # see unknown_frames
@@ -242,7 +260,7 @@ def main() -> None:
     vocab = {token: index for index, token in enumerate(TOKENS)}
     corpus = load_corpus(args.data, args.device)
     tokenizer = load_tokenizer("phoneme")
-    aligned = read_alignment(args.data / "alignment.jsonl", tokenizer, vocab)
+    aligned = read_alignment(args.data / "alignment.jsonl", tokenizer, vocab, rng)
     clips = utterances(corpus, corpus.rows(held_out=False), aligned)
     dit = DiT(text_num_embeds=len(TOKENS), **ARCH).to(args.device).train()
     policy = CFM(dit, vocab_char_map=vocab, tokenizer=tokenizer)

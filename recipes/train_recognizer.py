@@ -217,7 +217,7 @@ class Trainer:
 def evaluate(recognizer: Recognizer, corpus: Corpus) -> dict[str, dict[str, float]]:
     """Held-out error rates for each voice, of the mel as it is and of a blurred, noisy one; cosines of voices."""
     generator = torch.Generator(corpus.samples.device).manual_seed(0)
-    rows = [row for row in corpus.rows(held_out=True) if len(_encode_or_nothing(corpus.texts[row]))]
+    rows = [row for row in corpus.rows(held_out=True, slips=False) if len(_encode_or_nothing(corpus.texts[row]))]
     report: dict[str, dict[str, float]] = {}
     embeddings, speakers = [], []
     for voice in corpus.voice_names:
@@ -293,7 +293,7 @@ def main() -> None:
     recognizer.train().requires_grad_(True).to(device)
     trainer = Trainer(recognizer, corpus, args)
     average = Average(recognizer)
-    rows = corpus.rows(held_out=False, max_duration_s=args.max_duration_s)
+    rows = corpus.rows(held_out=False, max_duration_s=args.max_duration_s, slips=False)
     print(f"{len(rows)} clips to train on, mels ready at {clock.elapsed_s:.1f} s", flush=True)
 
     def export(**card: object) -> None:
