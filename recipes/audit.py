@@ -52,7 +52,7 @@ def sample(args: argparse.Namespace) -> list[Row]:
     """Speak every take into --out as FLAC; a row each, with what the reward and the recognizer say of it."""
     policy, vocoder = load_policy(args.policy, device=args.device), load_vocoder(args.vocoder).to(args.device)
     rewards = Rewards(["mos", "intelligibility"], device=args.device)
-    prompts = load_prompts("tiny", split=args.split)
+    prompts = load_prompts(args.prompts_from, split=args.split)
     chosen = np.linspace(0, len(prompts) - 1, min(args.prompts, len(prompts))).round().astype(int).tolist()
     rows = []
     for steps, count in ((args.steps, args.rollouts), (1, args.rollouts // 4)):
@@ -82,7 +82,7 @@ def sample(args: argparse.Namespace) -> list[Row]:
 
 def judge(rows: list[Row], args: argparse.Namespace) -> None:
     """Add to each row what the outside listeners say of it."""
-    whisper, voice_of = load_whisper(args.whisper), voice_encoder(args.split)
+    whisper, voice_of = load_whisper(args.whisper), voice_encoder(args.prompts_from, args.split)
     for index, row in enumerate(rows):
         samples, rate_hz = soundfile.read(args.out / row["file"], dtype="float32")
         waveform = torch.from_numpy(samples) * row["peak"]
@@ -105,7 +105,7 @@ def judge(rows: list[Row], args: argparse.Namespace) -> None:
             print(f"{index + 1} of {len(rows)} judged", flush=True)
 
 
-def voice_encoder(split: str) -> Callable[[Tensor, int], str]:
+def voice_encoder(source: str, split: str) -> Callable[[Tensor, int], str]:
     """Waveform [S] to the voice whose reference clips it is nearest to, by Resemblyzer."""
     from resemblyzer import VoiceEncoder
 
@@ -114,7 +114,7 @@ def voice_encoder(split: str) -> Callable[[Tensor, int], str]:
     def embed(waveform: Tensor, rate_hz: int) -> np.ndarray:
         return encoder.embed_utterance(resample(waveform[None], rate_hz, 16_000)[0].numpy())
 
-    prompts = load_prompts("tiny", split=split)
+    prompts = load_prompts(source, split=split)
     known: dict[str, dict[str, np.ndarray]] = {}
     for row in range(len(prompts)):
         batch, vectors = prompts.collate([prompts[row]]), known.setdefault(prompts[row]["voice"], {})
@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--whisper", type=Path, help="Whisper model folder (CTranslate2)")
     parser.add_argument("--policy", default="tiny")
     parser.add_argument("--vocoder", default="tiny")
+    parser.add_argument("--prompts_from", default="tiny", help="'tiny', or a folder of prompts")
     parser.add_argument("--split", default="heldout", choices=["train", "tuning", "heldout"])
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--rollouts", type=int, default=16)

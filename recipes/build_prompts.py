@@ -2,10 +2,10 @@
 
 Writes `train.jsonl` (168 sentences), `tuning.jsonl` (32, to choose settings by), `heldout.jsonl` (50, to report) and
 `references/*.flac` into --out; a line is `{"id", "text", "voice", "reference_audio", "reference_text"}`, the path
-relative to the file. Held-out sentences and their reference clips are of the corpus's held-out side: no recipe has
-trained on them. Voices alternate.
+relative to the file. Training prompts are sentences that the corpus holds; the others no voice of it has said, and
+their reference clips are of its held-out side. Voices alternate.
 Hardware: any; seconds.
-    python recipes/build_prompts.py --data data/corpus --out rlhf_mel/assets/prompts
+    python recipes/build_prompts.py --data data/corpus --text books/*.txt --out rlhf_mel/assets/prompts
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import random
 from pathlib import Path
 
 import soundfile
+from build_corpus import sentences
 from corpus_data import is_held_out
+
+from rlhf_mel.speech.text import load_lexicon
 
 REFERENCE_S = (1.8, 2.6)
 WORDS = (5, 10)
@@ -29,15 +32,16 @@ def references(clips: list[dict], voice: str, count: int, rng: random.Random) ->
     return rng.sample(fitting, count)
 
 
-def prompts(clips: list[dict], count: int, references_per_voice: int, rng: random.Random) -> list[dict]:
-    """`count` sentences, each with the next voice and one of its reference clips, never the same sentence."""
+def prompts(
+    texts: list[str], clips: list[dict], count: int, references_per_voice: int, rng: random.Random
+) -> list[dict]:
+    """`count` sentences, each with the next voice and one of its reference clips, which say something else."""
     voices = sorted({clip["voice"] for clip in clips})
     known = {voice: references(clips, voice, references_per_voice, rng) for voice in voices}
     taken = {clip["text"] for clips_of_voice in known.values() for clip in clips_of_voice}
-    texts = [clip["text"] for clip in clips if clip["text"] not in taken]
-    texts = [text for text in texts if WORDS[0] <= len(text.split()) <= WORDS[1]]
+    fitting = [text for text in texts if text not in taken and WORDS[0] <= len(text.split()) <= WORDS[1]]
     rows = []
-    for index, text in enumerate(rng.sample(texts, count)):
+    for index, text in enumerate(rng.sample(fitting, count)):
         voice = voices[index % len(voices)]
         reference = known[voice][index // len(voices) % references_per_voice]
         rows.append({"text": text, "voice": voice, "reference": reference})
@@ -59,6 +63,7 @@ def write(rows: list[dict], side: str, data: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="the books that the corpus was taken from")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--train", type=int, default=168)
     parser.add_argument("--tuning", type=int, default=32)
@@ -71,10 +76,14 @@ def main() -> None:
     (args.out / "references").mkdir(parents=True, exist_ok=True)
     train = [clip for clip in clips if not is_held_out(clip["text"])]
     held_out = [clip for clip in clips if is_held_out(clip["text"])]
-    rows = prompts(train, args.train + args.tuning, 4, rng)
-    write(rows[: args.train], "train", args.data, args.out)
-    write(rows[args.train :], "tuning", args.data, args.out)
-    write(prompts(held_out, args.held_out, 2, rng), "heldout", args.data, args.out)
+    lexicon, spoken = set(load_lexicon()), {clip["text"] for clip in clips}
+    books = [sentences(path.read_text(encoding="utf-8", errors="replace"), lexicon) for path in args.text]
+    unspoken = sorted({text for book in books for text in book} - spoken)
+    rows = prompts(sorted({clip["text"] for clip in train}), train, args.train, 4, rng)
+    write(rows, "train", args.data, args.out)
+    rows = prompts(unspoken, held_out, args.tuning + args.held_out, 3, rng)
+    write(rows[: args.tuning], "tuning", args.data, args.out)
+    write(rows[args.tuning :], "heldout", args.data, args.out)
 
 
 if __name__ == "__main__":
