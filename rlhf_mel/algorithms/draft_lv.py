@@ -30,7 +30,7 @@ from rlhf_mel.algorithms.base import AlgorithmBase
 from rlhf_mel.algorithms.families.pathwise import draft_loss, pathwise_scores
 from rlhf_mel.flow.noise import branched, item_generators, item_noise
 from rlhf_mel.flow.path import interpolate
-from rlhf_mel.flow.policy import rollout, with_durations, with_timing
+from rlhf_mel.flow.policy import rollout, with_durations
 from rlhf_mel.flow.start_states import Restarted, begin_at
 from rlhf_mel.metrics import Metrics
 from rlhf_mel.pipeline import Pipeline
@@ -73,11 +73,11 @@ class DraftLV(AlgorithmBase):
     ) -> tuple[Float[Tensor, ""], Metrics]:
         policy, sampling = pipeline.policy, pipeline.sampling
         options = dataclasses.asdict(sampling)
-        collected = with_timing(policy, collected, branched(generator, len(collected)))
+        collected = with_durations(policy, collected, branched(generator, len(collected)))
         samples = rollout(policy, collected, generator=generator, grad_steps=0, return_trajectory=True, **options)
         assert samples.trajectory is not None
         # group_ids would make groups of the n last steps
-        copies = dataclasses.replace(with_durations(policy, collected), group_ids=None)
+        copies = dataclasses.replace(collected, group_ids=None)
         copies = copies.select([row for row in range(len(collected)) for _ in range(self.config.num_renoisings)])
         assert copies.durations_frames is not None
         x1 = samples.trajectory[-1].repeat_interleave(self.config.num_renoisings, dim=0)

@@ -223,7 +223,7 @@ def rollout(
     if differentiable:
         require_gradients("rollout", remedy="pass grad_steps=0 for samples without gradients")
     generators = item_generators(generator, len(prompts))
-    prompts = with_durations(policy, with_timing(policy, prompts, generators))
+    prompts = with_durations(policy, prompts, generators)
     mels: dict[int, Tensor] = {}
     trajectories: dict[int, Tensor] = {}
     constant = policy.velocity_without_gradient if isinstance(policy, PolicyWrapper) else None
@@ -248,24 +248,17 @@ def rollout(
     return collect_rollout(mels, trajectories)
 
 
-def with_timing(policy: Policy, prompts: Prompts, generators: Sequence[torch.Generator] | None) -> Prompts:
-    """The prompts with a rhythm drawn for each, where the policy draws it, none is there, and there are generators.
-
-    What is drawn belongs to the rollout: whoever goes over it again (a reference, a replay) takes these prompts.
-    """
-    if not (isinstance(policy, DrawsTiming) and policy.draws_timing):
-        return prompts
-    if generators is None or prompts.timing_seeds is not None:
-        return prompts
-    seeds = [int(torch.randint(2**62, (), generator=generator, device=generator.device)) for generator in generators]
-    return replace(prompts, timing_seeds=torch.tensor(seeds, device=prompts.reference_audio.device))
-
-
-def with_durations(policy: Policy, prompts: Prompts) -> Prompts:
+def with_durations(policy: Policy, prompts: Prompts, generators: Sequence[torch.Generator] | None = None) -> Prompts:
     """The prompts with the total frames that each gets: the one place that asks.
 
     Those asked for, by a row's `duration_s` or the data set's duration rule, are there already; else the policy rules.
+    Where it draws the rhythm of takes, and none is there, that is drawn from `generators`, and belongs to the rollout:
+    whoever goes over it again (a reference, a replay) takes these prompts.
     """
+    draws = isinstance(policy, DrawsTiming) and policy.draws_timing
+    if draws and prompts.timing_seeds is None and generators is not None:
+        seeds = [int(torch.randint(2**62, (), generator=each, device=each.device)) for each in generators]
+        prompts = replace(prompts, timing_seeds=torch.tensor(seeds, device=prompts.reference_audio.device))
     return replace(prompts, durations_frames=policy.durations(prompts))
 
 

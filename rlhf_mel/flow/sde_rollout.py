@@ -24,15 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf_mel.flow.noise import Generators, branched, item_generators, item_noise, of_rows
-from rlhf_mel.flow.policy import (
-    Policy,
-    collect_rollout,
-    evaluating,
-    rows_by_duration,
-    velocity_as_now,
-    with_durations,
-    with_timing,
-)
+from rlhf_mel.flow.policy import Policy, collect_rollout, evaluating, rows_by_duration, velocity_as_now, with_durations
 from rlhf_mel.flow.recompute import PureVelocity, Velocity, differentiated
 from rlhf_mel.flow.reference import ReferencePolicy
 from rlhf_mel.flow.sde import SDE, Transition, mean_log_prob, solve_sde
@@ -82,7 +74,7 @@ def sde_rollout(
     Everything else: see policy.rollout, whose noise x_0 is this one's for the same generator.
     """
     priors = item_generators(generator, len(prompts))
-    prompts = with_durations(policy, with_timing(policy, prompts, priors))
+    prompts = with_durations(policy, prompts, priors)
     kicks = None if priors is None else [branched(prior, 1)[0] for prior in priors]
     if shared_prior and priors is not None and prompts.group_ids is not None:
         ids = prompts.group_ids.tolist()

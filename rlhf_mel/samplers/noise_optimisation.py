@@ -37,7 +37,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf_mel.flow.noise import Generators, item_generators, of_rows
-from rlhf_mel.flow.policy import Policy, evaluating, rollout, rows_by_duration, with_durations, with_timing
+from rlhf_mel.flow.policy import Policy, evaluating, rollout, rows_by_duration, with_durations
 from rlhf_mel.flow.start_states import Restarted, begin_at
 from rlhf_mel.pipeline import require_gradient
 from rlhf_mel.samplers.base import RewardSampler
@@ -77,7 +77,7 @@ class NoiseOptimisation(RewardSampler):
     def __call__(self, policy: Policy, prompts: Prompts, *, generator: Generators = None, **options: Any) -> Rollout:
         """The best rollout on the way; options: of policy.rollout."""
         generators = item_generators(generator, len(prompts))
-        prompts = with_timing(policy, prompts, generators)
+        prompts = with_durations(policy, prompts, generators)
         noise, free = drawn_noise(policy, prompts, generators, cfg_strength=options.get("cfg_strength", 2.0))
         best, best_value = None, torch.tensor(-torch.inf)
         for update in range(self.updates + 1):

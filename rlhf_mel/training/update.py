@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_mel.algorithms.base import Algorithm
 from rlhf_mel.flow.noise import item_generators, mix_seed, seeded
-from rlhf_mel.flow.policy import with_timing
+from rlhf_mel.flow.policy import with_durations
 from rlhf_mel.metrics import Metrics
 from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts
@@ -34,7 +34,7 @@ class UpdateLoss(nn.Module):
     def collect(self, prompts: Prompts, noise_seed: int) -> Any:
         """What the algorithm learns from (`Algorithm.collect`), with noise of that seed; rhythms are drawn here."""
         rhythm = item_generators(seeded(mix_seed(noise_seed, TIMING)), len(prompts))
-        return self.algorithm.collect(self.pipeline, with_timing(self.policy, prompts, rhythm), seeded(noise_seed))
+        return self.algorithm.collect(self.pipeline, with_durations(self.policy, prompts, rhythm), seeded(noise_seed))
 
     def forward(self, collected: Any, noise_seed: int) -> dict[str, Float[Tensor, ""] | Metrics]:
         """`loss` and `metrics` of what was collected, with noise of that seed."""

@@ -36,15 +36,7 @@ from rlhf_mel.algorithms.families.advantages import check_scaling, score_advanta
 from rlhf_mel.flow.ema import MovingAverage
 from rlhf_mel.flow.noise import Generators, branched, item_generators, of_rows
 from rlhf_mel.flow.path import interpolate, velocity
-from rlhf_mel.flow.policy import (
-    Policy,
-    Velocities,
-    evaluating,
-    rows_by_duration,
-    velocity_as_now,
-    with_durations,
-    with_timing,
-)
+from rlhf_mel.flow.policy import Policy, Velocities, evaluating, rows_by_duration, velocity_as_now, with_durations
 from rlhf_mel.flow.recompute import differentiated
 from rlhf_mel.masked import counted_mean, lengths_to_mask
 from rlhf_mel.metrics import Metrics, score_metrics
@@ -259,8 +251,7 @@ def collect_samples(
 
     across_groups: compare all rollouts of the batch with each other, whatever their prompt.
     """
-    policy = pipeline.policy
-    prompts = with_durations(policy, with_timing(policy, prompts, branched(generator, len(prompts))))
+    prompts = with_durations(pipeline.policy, prompts, branched(generator, len(prompts)))
     rollouts = pipeline.sample(prompts, generator)
     scores = pipeline.score(rollouts, prompts)
     group_ids = torch.arange(len(prompts)) if prompts.group_ids is None else prompts.group_ids
