@@ -33,7 +33,7 @@ portable-%: $(VENV)/.installed-dev
 
 # The site in build/site. A public name without a docstring, or a link to nowhere, fails it.
 docs: $(VENV)/.installed-docs
-	$(BIN)/ruff check --select D1 rlhf_mel reward_models
+	$(BIN)/ruff check rlhf_mel reward_models
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
 lint: $(VENV)/.installed-dev
