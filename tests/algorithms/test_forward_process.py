@@ -154,6 +154,8 @@ def test_a_batch_is_its_items_alone(name: str) -> None:
             prompts=samples.prompts.select([row]),
             rollouts=replace(rollouts, mel=rollouts.mel[[row], :length], lengths_frames=rollouts.lengths_frames[[row]]),
             advantages=samples.advantages[[row]],
+            group_ids=samples.group_ids[[row]],
+            dropped=samples.dropped[[row]],
         )
         values, grad = run(alone, [noise[row]])
         gradients.append(grad)
