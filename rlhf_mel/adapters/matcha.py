@@ -1,4 +1,4 @@
-"""Matcha-TTS as a policy: another package's flow behind the same seven methods.
+"""Matcha-TTS as a policy: another package's flow behind the six methods of a Policy.
 
     mu = encoder(text), each column held for its predicted duration;  x_0 ~ temperature N(0, 1)
     dx/dt = decoder.estimator(x, mask, mu, t, speaker);               log mel = x_1 std + mean
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -39,20 +40,23 @@ ToIds = Callable[[str], Sequence[int]]
 
 
 class MatchaCondition(NamedTuple):
-    """What the estimator needs to know of a batch; T is a multiple of four."""
+    """What the estimator needs to know of a batch; n is a multiple of four."""
 
-    mu: Tensor
-    """Float [B, M, T]: the encoder's mean of each frame, with its graph."""
-    mask: Tensor
-    """Float [B, 1, T]: 1 within each item's duration."""
-    speakers: Tensor | None
-    """Float [B, D]."""
-    generated: Tensor
-    """Bool [B, T]: the same as the mask; nothing is copied from a reference."""
+    mu: Float[Tensor, "b m n"]
+    """The encoder's mean of each frame, with its graph."""
+    mask: Float[Tensor, "b 1 n"]
+    """1 within each item's duration."""
+    speakers: Float[Tensor, "b d"] | None
+    generated: Bool[Tensor, "b n"]
+    """The same as the mask; nothing is copied from a reference."""
 
 
 class MatchaPolicy(nn.Module):
-    """A `matcha.models.matcha_tts.MatchaTTS`, which is trained in place."""
+    """A `matcha.models.matcha_tts.MatchaTTS`, which is trained in place.
+
+    Its duration predictor has no gradient of its own (durations are whole frames), but reads the encoder: where the
+    encoder's weights are trained, durations move too.
+    """
 
     tokenizer = None
     voices: tuple[str, ...] = ()
@@ -78,16 +82,8 @@ class MatchaPolicy(nn.Module):
                 f" {self.model.n_feats}; pass the mel_spec that it was trained on"
             )
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    def durations(self, prompts: Prompts) -> Tensor:
-        """Long [B]: `durations_frames`, else what the duration predictor says, without dropout; the clip has none."""
+    def durations(self, prompts: Prompts) -> Int[Tensor, " b"]:
+        """Frames: `durations_frames`, else what the duration predictor says, without dropout; the clip has none."""
         if prompts.durations_frames is not None:
             return prompts.durations_frames
         with torch.no_grad(), evaluating(self):
@@ -95,8 +91,12 @@ class MatchaPolicy(nn.Module):
         return token_frames.sum(dim=1).clamp(min=1).long()
 
     def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> MatchaCondition:
-        """Prompts of one duration; where it is not the predictor's, every token is stretched alike."""
-        durations = self.durations(prompts).to(self.device)
+        """Prompts of one duration; where it is not the predictor's, every token is stretched alike.
+
+        Raises:
+            ValueError: several durations, or no column 'speaker' for a model of several voices.
+        """
+        durations = self.durations(prompts).to(self.model.mel_mean.device)
         if len(set(durations.tolist())) > 1:
             raise ValueError(f"encode: expected prompts of one duration, got {durations.tolist()}; call policy.rollout")
         means, speakers, token_frames = self._encode_text(prompts)
@@ -106,32 +106,38 @@ class MatchaPolicy(nn.Module):
         mask = inside[:, None].to(means.dtype)
         return MatchaCondition(means @ path * mask, mask, speakers, inside)
 
-    def prior(self, cond: MatchaCondition, generator: Generators = None) -> Tensor:
-        """temperature x standard normal [B, T, M], also in the frames that are padding: the decoder masks them."""
+    def prior(self, cond: MatchaCondition, generator: Generators = None) -> Float[Tensor, "b n m"]:
+        """temperature x standard normal, also in the frames that are padding: the decoder masks them."""
         batch, channels, frames = cond.mu.shape
         generators = item_generators(generator, batch)
-        return self.temperature * item_noise([frames] * batch, channels, generators, self.device, self.dtype)
+        weights = self.model.mel_mean  # not cond: under autocast that may be of half precision
+        return self.temperature * item_noise([frames] * batch, channels, generators, weights.device, weights.dtype)
 
-    def velocity(self, x: Tensor, t: Tensor, cond: MatchaCondition) -> Tensor:
-        """dx/dt [B, T, M] at x [B, T, M] and t (a scalar or [B]); zero in padding."""
-        estimated = self.model.decoder.estimator(x.transpose(1, 2), cond.mask, cond.mu, t, cond.speakers)
+    def velocity(
+        self, x: Float[Tensor, "b n m"], t: Float[Tensor, " ..."], cond: MatchaCondition
+    ) -> Float[Tensor, "b n m"]:
+        """dx/dt at x and t (a scalar or [b]); zero in padding."""
+        estimated: Tensor = self.model.decoder.estimator(x.transpose(1, 2), cond.mask, cond.mu, t, cond.speakers)
         return estimated.transpose(1, 2)
 
-    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Tensor:
+    def timesteps(self, steps: int, *, sway_sampling_coef: float | None = None) -> Float[Tensor, " k"]:
         """Matcha's own grid is the uniform one, sway_sampling_coef=None."""
+        weights = self.model.mel_mean
         return ode.timesteps(
-            steps, sway_sampling_coef=sway_sampling_coef, use_epss=False, device=self.device, dtype=self.dtype
+            steps, sway_sampling_coef=sway_sampling_coef, use_epss=False, device=weights.device, dtype=weights.dtype
         )
 
-    def finalize(self, x1: Tensor, cond: MatchaCondition) -> Tensor:
-        """Log mel [B, T, M], no longer normalised."""
-        return x1 * self.model.mel_std + self.model.mel_mean
+    def finalize(self, x1: Float[Tensor, "b n m"], cond: MatchaCondition) -> Float[Tensor, "b n m"]:
+        """Log mel, no longer normalised."""
+        log_mel: Tensor = x1 * self.model.mel_std + self.model.mel_mean
+        return log_mel
 
     def _encode_text(self, prompts: Prompts) -> tuple[Tensor, Tensor | None, Tensor]:
         """Means [B, M, N], speakers [B, D] and whole frames of each token [B, N]."""
         rows = [torch.as_tensor(list(self.to_ids(text)), dtype=torch.long) for text in prompts.texts]
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        ids = pad_sequence(rows, batch_first=True).to(self.device)
+        device = self.model.mel_mean.device
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        ids = pad_sequence(rows, batch_first=True).to(device)
         speakers = self._speakers(prompts)
         means, log_frames, mask = self.model.encoder(ids, lengths, speakers)
         return means, speakers, ((log_frames.exp() * mask).ceil() * self.length_scale)[:, 0].detach()
@@ -144,15 +150,17 @@ class MatchaPolicy(nn.Module):
                 f"MatchaPolicy: expected a column 'speaker' (0 to {self.model.n_spks - 1}) for a model of several"
                 f" voices, got columns {sorted(prompts.columns)}"
             )
-        return self.model.spk_emb(torch.tensor(list(prompts.columns["speaker"]), device=self.device).long())
+        rows = torch.tensor(list(prompts.columns["speaker"]), device=self.model.mel_mean.device).long()
+        speakers: Tensor = self.model.spk_emb(rows)
+        return speakers
 
 
-def alignment(token_frames: Tensor, durations: Tensor, frames: int) -> Tensor:
-    """Bool [B, N, T]: which token [B, N] each frame belongs to; the last ones end at `durations` [B]."""
+def alignment(token_frames: Float[Tensor, "b t"], durations: Int[Tensor, " b"], frames: int) -> Bool[Tensor, "b t n"]:
+    """Which token each frame belongs to; the last ones end at `durations`."""
     ends = token_frames.cumsum(dim=1)
     totals = ends[:, -1:].clamp(min=1)
-    own = totals.long() == durations[:, None]
-    ends = torch.where(own, ends, (ends * durations[:, None] / totals).round())
+    as_predicted = totals.long() == durations[:, None]
+    ends = torch.where(as_predicted, ends, (ends * durations[:, None] / totals).round())
     before = torch.nn.functional.pad(ends, (1, 0))[:, :-1]
     frame = torch.arange(frames, device=token_frames.device)
     return (frame >= before.unsqueeze(-1)) & (frame < ends.unsqueeze(-1))

@@ -3,55 +3,27 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_matcha
 import torch
+from tiny_matcha import SPEC, to_ids
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from rlhf_mel.adapters.matcha import MATCHA_MEL, MatchaPolicy, alignment
 from rlhf_mel.flow.policy import Policy, rollout
 from rlhf_mel.flow.reference import ReferencePolicy
-from rlhf_mel.speech.audio import MelSpec, log_mel
+from rlhf_mel.speech.audio import log_mel
 from rlhf_mel.types import Prompts
 
-SPEC = MelSpec(sample_rate_hz=22_050, n_mels=8, kind="bigvgan", f_max_hz=8000.0)
 TEXTS = ["a bad cab", "fig", "a decade"]
-
-
-def to_ids(text: str) -> list[int]:
-    return [id for char in text for id in (0, 1 + ord(char) % 30)]
 
 
 def matcha_model(n_spks: int = 1) -> Any:
     pytest.importorskip("matcha")
-    from matcha.models.matcha_tts import MatchaTTS
-
-    torch.manual_seed(0)
-    encoder = SimpleNamespace(
-        encoder_type="RoPE Encoder",
-        encoder_params=SimpleNamespace(
-            n_feats=8, n_channels=16, filter_channels=16, filter_channels_dp=16, n_heads=2, n_layers=1, kernel_size=3,
-            p_dropout=0.1, spk_emb_dim=16, n_spks=n_spks, prenet=True,
-        ),
-        duration_predictor_params=SimpleNamespace(filter_channels_dp=16, kernel_size=3, p_dropout=0.1),
-    )  # fmt: skip
-    decoder = dict(
-        channels=(16, 16), dropout=0.05, attention_head_dim=8, n_blocks=1, num_mid_blocks=1, num_heads=2,
-        act_fn="snakebeta",
-    )  # fmt: skip
-    model = MatchaTTS(
-        n_vocab=40, n_spks=n_spks, spk_emb_dim=16, n_feats=8, encoder=encoder, decoder=decoder,
-        cfm=SimpleNamespace(name="CFM", solver="euler", sigma_min=1e-4), out_size=None,
-        data_statistics=dict(mel_mean=-5.5, mel_std=2.1),
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
+    return tiny_matcha.matcha_model(n_spks)
 
 
 def policy(n_spks: int = 1) -> MatchaPolicy:
