@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
 
 from rlhf_mel.lookup import did_you_mean, load_object
 from rlhf_mel.speech.audio import MelSpec, frames_to_samples
@@ -104,26 +105,40 @@ def _kind_of_config(config: Mapping[str, Any]) -> str:
     return "bigvgan" if str(config.get("activation", "")).startswith("snake") else "hifigan"
 
 
-def by_length(
-    mel: Float[Tensor, "b n m"],
-    lengths_frames: Int[Tensor, " b"] | None,
-    mel_spec: MelSpec,
-    run: Callable[[Tensor], Tensor],
-) -> Float[Tensor, "b s"]:
-    """Waveform of mel by a network whose convolutions would see padding: each length alone.
+class LengthwiseVocoder(nn.Module):
+    """A frozen network whose convolutions would see padding: each length of a batch is run alone.
 
-    run: waveform of mels of one length, frames_to_samples of it.
+    A subclass has `_vocode`. Float32 (or what the weights are) even under autocast.
     """
-    frames = mel.shape[1]
-    lengths = [frames] * len(mel) if lengths_frames is None else lengths_frames.tolist()
-    width = frames_to_samples(frames, mel_spec)
-    rows: dict[int, Tensor] = {}
-    for length in sorted(set(lengths)):
-        same = [row for row, frames_of_row in enumerate(lengths) if frames_of_row == length]
-        if length:
-            waveform = run(mel[same, :length])
-            waveform = torch.nn.functional.pad(waveform, (0, width - waveform.shape[1]))
-        else:
-            waveform = mel.new_zeros(len(same), width)
-        rows |= dict(zip(same, waveform, strict=True))
-    return torch.stack([rows[row] for row in range(len(mel))])
+
+    differentiable = True
+
+    def __init__(self, mel_spec: MelSpec) -> None:
+        super().__init__()
+        self.mel_spec = mel_spec
+        self.sample_rate_hz = mel_spec.sample_rate_hz
+
+    @override
+    def forward(
+        self, mel: Float[Tensor, "b n m"], lengths_frames: Int[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b s"]:
+        """Waveform of log mel, s = frames_to_samples(n); see `Vocoder`."""
+        mel = mel.to(next(self.parameters()).dtype)
+        frames = mel.shape[1]
+        lengths = [frames] * len(mel) if lengths_frames is None else lengths_frames.tolist()
+        width = frames_to_samples(frames, self.mel_spec)
+        waveforms: dict[int, Tensor] = {}
+        for length in sorted(set(lengths)):
+            rows = [row for row, length_of_row in enumerate(lengths) if length_of_row == length]
+            if length:
+                with torch.autocast(mel.device.type, enabled=False):
+                    waveform = self._vocode(mel[rows, :length])
+                waveform = torch.nn.functional.pad(waveform, (0, width - waveform.shape[1]))
+            else:
+                waveform = mel.new_zeros(len(rows), width)
+            waveforms |= dict(zip(rows, waveform, strict=True))
+        return torch.stack([waveforms[row] for row in range(len(mel))])
+
+    def _vocode(self, mel: Tensor) -> Tensor:
+        """Waveform [b, frames_to_samples(n)] of mels of one length."""
+        raise NotImplementedError

@@ -13,38 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from rlhf_mel.speech.audio import MelSpec
 from rlhf_mel.storage import download
-from rlhf_mel.vocoders import by_length
+from rlhf_mel.vocoders import LengthwiseVocoder
 
 CONFIG, WEIGHTS = "config.json", "bigvgan_generator.pt"
 
 
-class BigVGANVocoder(nn.Module):
+class BigVGANVocoder(LengthwiseVocoder):
     """A frozen BigVGAN; see the module docstring and `load`."""
 
-    differentiable = True
-
     def __init__(self, generator: Any) -> None:
-        super().__init__()
+        super().__init__(mel_spec_of(generator.h))
         self.generator = generator
-        self.mel_spec = mel_spec_of(generator.h)
-        self.sample_rate_hz = self.mel_spec.sample_rate_hz
         self.eval().requires_grad_(False)
 
     @override
-    def forward(
-        self, mel: Float[Tensor, "b n m"], lengths_frames: Int[Tensor, " b"] | None = None
-    ) -> Float[Tensor, "b s"]:
-        """Waveform of log mel, s = n hop; differentiable; see `Vocoder`."""
-        with torch.autocast(mel.device.type, enabled=False):
-            mel = mel.to(next(self.parameters()).dtype)
-            return by_length(mel, lengths_frames, self.mel_spec, self._vocode)
-
     def _vocode(self, mel: Tensor) -> Tensor:
         waveform: Tensor = self.generator(mel.transpose(1, 2))
         return waveform[:, 0]

@@ -13,28 +13,23 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from rlhf_mel.speech.audio import MelSpec
 from rlhf_mel.storage import download
-from rlhf_mel.vocoders import by_length
+from rlhf_mel.vocoders import LengthwiseVocoder
 
 DECIMAL = ("SpeechT5HifiGan",)
 """Classes whose mels are decimal logarithms."""
 
 
-class HifiGanVocoder(nn.Module):
+class HifiGanVocoder(LengthwiseVocoder):
     """A frozen HiFi-GAN of transformers; `mel_spec` unless its config tells enough (see mel_spec_of)."""
 
-    differentiable = True
-
     def __init__(self, model: Any, mel_spec: MelSpec | None = None) -> None:
-        super().__init__()
+        super().__init__(mel_spec or mel_spec_of(model.config, type(model).__name__))
         self.model = model
-        self.mel_spec = mel_spec or mel_spec_of(model.config, type(model).__name__)
         upsampled = math.prod(model.config.upsample_rates)
         if (self.mel_spec.hop_length, self.mel_spec.n_mels) != (upsampled, model.config.model_in_dim):
             raise ValueError(
@@ -44,17 +39,12 @@ class HifiGanVocoder(nn.Module):
         if self.mel_spec.kind != "bigvgan":
             raise ValueError(f"HifiGanVocoder: expected 'bigvgan' mels (T frames, T hops), got {self.mel_spec.kind!r}")
         self.scale = 1 / math.log(10) if type(model).__name__ in DECIMAL else 1.0
-        self.sample_rate_hz = self.mel_spec.sample_rate_hz
         self.eval().requires_grad_(False)
 
     @override
-    def forward(
-        self, mel: Float[Tensor, "b n m"], lengths_frames: Int[Tensor, " b"] | None = None
-    ) -> Float[Tensor, "b s"]:
-        """Waveform of log mel, s = n hop; differentiable; see `Vocoder`."""
-        with torch.autocast(mel.device.type, enabled=False):
-            mel = mel.to(next(self.parameters()).dtype) * self.scale
-            return by_length(mel, lengths_frames, self.mel_spec, self.model)
+    def _vocode(self, mel: Tensor) -> Tensor:
+        waveform: Tensor = self.model(mel * self.scale)
+        return waveform
 
 
 def mel_spec_of(config: Any, class_name: str) -> MelSpec:
