@@ -300,7 +300,7 @@ def test_crops_are_cuts_of_one_clip_and_all_as_likely(recipe: ModuleType) -> Non
     corpus = recipe.Corpus(
         samples=torch.arange(15, dtype=torch.int16), starts=torch.tensor([0, 3, 7, 10]),
         lengths=torch.tensor([3, 4, 3, 5]), spans=spans, ids=("",) * 4, texts=("",) * 4, voices=("",) * 4,
-        held_out=(False,) * 4, sample_rate_hz=24_000,
+        held_out=(False,) * 4, labels=({},) * 4, sample_rate_hz=24_000,
     )  # fmt: skip
     crops = recipe.Crops(corpus, [0, 1, 2], 3).draw(4000, torch.Generator().manual_seed(0)) * 32768
     begins, counts = crops[:, 0].unique(return_counts=True)
