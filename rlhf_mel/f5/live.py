@@ -70,12 +70,12 @@ def _share(backbone: nn.Module, transformer: Any) -> None:
     """Make the parameters of f5-tts's backbone those of ours; the rotary buffer is made anew."""
     theirs = transformer.state_dict(keep_vars=True)
     ours = {key: tuple(value.shape) for key, value in backbone.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in theirs.items()}
-    if ours != found:
-        differing = sorted(key for key in ours.keys() | found.keys() if ours.get(key) != found.get(key))
+    actual = {key: tuple(value.shape) for key, value in theirs.items()}
+    if ours != actual:
+        differing = sorted(key for key in ours.keys() | actual.keys() if ours.get(key) != actual.get(key))
         raise ValueError(
             f"policy_from_f5: expected the tensors of f5-tts 1.1.22's {type(transformer).__name__}, got others, first"
-            f" {[f'{key}: {ours.get(key)} here, {found.get(key)} there' for key in differing[:3]]}"
+            f" {[f'{key}: {ours.get(key)} here, {actual.get(key)} there' for key in differing[:3]]}"
         )
     backbone.load_state_dict({**theirs, "rotary_embed.inv_freq": theirs["rotary_embed.inv_freq"].clone()}, assign=True)
 

@@ -91,7 +91,7 @@ def download_model(name: str) -> tuple[Path, Path]:
     """
     model = find_model(name)
     if model.repo is None:
-        with_weights = [known for known, found in PUBLISHED.items() if found.repo]
+        with_weights = [known for known, published in PUBLISHED.items() if published.repo]
         raise FileNotFoundError(
             f"{name}: expected published weights ({with_weights}), but F5-TTS published only its configuration;"
             f" load your own with load_policy(path, model={name!r}, vocab=...)"

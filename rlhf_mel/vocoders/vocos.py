@@ -160,8 +160,8 @@ def _from_published(config: Path, weights: Path) -> VocosVocoder:
     vocos.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     mel = getattr(vocos.feature_extractor, "mel_spec", None)
     if mel is None:
-        found = type(vocos.feature_extractor).__name__
-        raise ValueError(f"{config}: expected a Vocos for mels, got one for {found}; name a mel Vocos")
+        extractor = type(vocos.feature_extractor).__name__
+        raise ValueError(f"{config}: expected a Vocos for mels, got one for {extractor}; name a mel Vocos")
     spec = MelSpec(
         sample_rate_hz=mel.sample_rate,
         n_fft=mel.n_fft,

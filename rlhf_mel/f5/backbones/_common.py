@@ -69,20 +69,20 @@ class TextEmbedding(nn.Module):
             inside = torch.arange(frames, device=text.device) < lengths_frames.unsqueeze(1)
             tokens = tokens.masked_fill(~inside, FILLER)
         # taken before text is dropped: the unconditional branch of F5-TTS still knows how long the text is
-        spoken = tokens != FILLER
+        has_token = tokens != FILLER
         embedded = zero_padding(self.text_embed(drop_tokens(tokens, drop_text)), inside)
         if self.text_blocks is not None:
-            embedded = self._contextualize(embedded, inside, spoken if self.mask_padding else None)
+            embedded = self._contextualize(embedded, inside, has_token if self.mask_padding else None)
         if self.average_upsampling:
-            embedded = upsample_evenly(embedded, spoken.sum(dim=1), lengths_frames)
+            embedded = upsample_evenly(embedded, has_token.sum(dim=1), lengths_frames)
         return embedded
 
-    def _contextualize(self, embedded: Tensor, inside: Tensor | None, spoken: Tensor | None) -> Tensor:
+    def _contextualize(self, embedded: Tensor, inside: Tensor | None, has_token: Tensor | None) -> Tensor:
         positions = position_table(embedded.shape[1], embedded.shape[2], embedded.device).to(embedded.dtype)
         embedded = embedded + zero_padding(positions.expand_as(embedded), inside)
-        embedded = zero_padding(embedded, spoken)
+        embedded = zero_padding(embedded, has_token)
         for block in self.text_blocks or ():  # a solve embeds text once: what that keeps, it would keep for all steps
-            embedded = zero_padding(run_block(block, embedded, checkpointed=not self.training), spoken)
+            embedded = zero_padding(run_block(block, embedded, checkpointed=not self.training), has_token)
         return embedded
 
 

@@ -170,11 +170,11 @@ class Twin:
 
     def _original(self, name: str) -> Tensor | Callable[[], Tensor]:
         """What the weight `name` of the twin follows: a weight, or what merges LoRA into one."""
-        owner, _, own = name.rpartition(".")
+        owner, _, key = name.rpartition(".")
         layer = self._adapted.get(owner)
         if layer is None:
             return self._backbone.get_parameter(name)
-        return lambda: merged_weight(layer) if own == "weight" else getattr(layer.get_base_layer(), own)
+        return lambda: merged_weight(layer) if key == "weight" else getattr(layer.get_base_layer(), key)
 
     def is_of(self, backbone: nn.Module, text: Tensor) -> bool:
         """Whether it still mirrors this backbone: looked up once a solve, `text` being made once a solve."""
