@@ -123,28 +123,29 @@ def explained(weights: dict[str, float], phonemes: Sequence[Sequence[str]], unit
     return float(1 - ((true - predicted) ** 2).mean() / true.var())
 
 
-def fit_timing(
-    tokenizer: PhonemeTokenizer, phonemes: Sequence[Sequence[str]], units: Sequence[np.ndarray], voices: Sequence[str]
-) -> dict[str, float]:
-    """How takes differ from the predicted durations: standard deviations of logarithms.
+def fit_timing(clips: Sequence[tuple[str, str]], units: Sequence[np.ndarray]) -> dict[str, float]:
+    """How two takes of one sentence differ, from (voice, text) and units of each clip: see speech.text.Timing.
 
-    `pace_std` of a clip's length about that of its voice, `local_std` of a phoneme's about the clip's pace, where one
-    unit more or less does not hide it, and `local_correlation`, of the latter from one phoneme to the next.
+    Each take differs from the mean by 1 / sqrt(2) of what two differ by. Phonemes of less than four units are left out
+    of the local deviation, which one unit more or less would hide.
     """
-    paces, local, neighbours = collections.defaultdict(list), [], []
-    for line, of, voice in zip(phonemes, units, voices, strict=True):
-        predicted = np.array(tokenizer.durations(line))
-        pace = of.sum() / predicted.sum()
-        paces[voice].append(np.log(pace))
-        off = np.log(of / (predicted * pace))
-        long = predicted * pace >= 3
+    takes = collections.defaultdict(list)
+    for clip, of in zip(clips, units, strict=True):
+        takes[clip].append(of)
+    paces, local, neighbours = [], [], []
+    for first, second in (of for of in takes.values() if len(of) == 2):
+        paces.append(np.log(first.sum() / second.sum()))
+        off = np.log(first / first.sum()) - np.log(second / second.sum())
+        long = first + second >= 8
         local += off[long].tolist()
         neighbours += (off[1:] * off[:-1])[long[1:] & long[:-1]].tolist()
-    pace_std = np.concatenate([np.array(of) - np.mean(of) for of in paces.values()]).std()
-    local_variance = float(np.square(local).mean())
-    correlation = float(np.mean(neighbours)) / local_variance
-    found = {"pace_std": pace_std, "local_std": local_variance**0.5, "local_correlation": correlation}
-    return {name: round(float(value), 4) for name, value in found.items()}
+    variance = float(np.square(local).mean())
+    timing = {
+        "pace_std": float(np.std(paces)) / 2**0.5,
+        "local_std": (variance / 2) ** 0.5,
+        "local_correlation": float(np.mean(neighbours)) / variance,
+    }
+    return {name: round(value, 4) for name, value in timing.items()}
 
 
 def main() -> None:
@@ -178,12 +179,8 @@ def main() -> None:
     weights = fit_durations(*zip(*train, strict=True))
     unit_share = float(np.mean([len(line) / of.sum() for line, of in train]))
     print(f"durations: R^2 {explained(weights, *zip(*test, strict=True)):.3f} on held-out clips")
-    rows = sides[False]
     timing = fit_timing(
-        PhonemeTokenizer(weights),
-        [phonemes[row] for row in rows],
-        [units[row] for row in rows],
-        [corpus.voices[row] for row in rows],
+        [(corpus.voices[row], corpus.texts[row]) for row in sides[False]], [units[row] for row in sides[False]]
     )
     print(f"timing: {timing}")
     card = {"units_per_phoneme": round(1 / unit_share, 3), "timing": timing, "weights": weights}

@@ -51,7 +51,7 @@ Row = dict[str, Any]
 def sample(args: argparse.Namespace) -> list[Row]:
     """Speak every take into --out as FLAC; a row each, with what the reward and the recognizer say of it."""
     policy, vocoder = load_policy(args.policy, device=args.device), load_vocoder(args.vocoder).to(args.device)
-    rewards = Rewards(["mos", "intelligibility"], device=args.device)
+    rewards = Rewards(["mos", "intelligibility"])
     prompts = load_prompts(args.prompts_from, split=args.split)
     chosen = np.linspace(0, len(prompts) - 1, min(args.prompts, len(prompts))).round().astype(int).tolist()
     rows = []

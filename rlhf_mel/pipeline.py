@@ -88,8 +88,9 @@ class Pipeline:
     ) -> tuple[Rollout, Float[Tensor, " b"]]:
         """Rollout whose last `grad_steps` steps carry gradients, and its anchor over those steps (see AnchoredPolicy).
 
-        jump_from: solve up to this step of the grid, then take one straight step to the end of the flow, to
-            x + (1 - t) v(x, t); None: solve to the end.
+        Args:
+            jump_from: solve up to this step of the grid, then take one straight step to the end of the flow, to
+                x + (1 - t) v(x, t); None: solve to the end.
         """
         view = self.policy if jump_from is None else JumpingPolicy(self.policy, jump_from)
         view = view if self.reference is None else AnchoredPolicy(view, self.reference)

@@ -32,8 +32,10 @@ def load(
 ) -> Any:
     """A policy in eval mode.
 
-    name: what `checkpoints.load_policy` takes, model and vocab as there; or "package.module:function" that makes one.
-    weights: for such a function, a folder that `save` wrote.
+    Args:
+        name: what `checkpoints.load_policy` takes, model and vocab as there; or "package.module:function" that makes
+            one.
+        weights: for such a function, a folder that `save` wrote.
 
     Raises:
         FileNotFoundError: no such name or folder.

@@ -114,7 +114,10 @@ def lean_adjoint(
 ) -> tuple[Float[Tensor, "ends b n m"], Float[Tensor, "steps b n m"]]:
     """g before each of the steps from `first` on, and at the end; and v_ref before each of them.
 
-    cond, finalize: the policy's, of the same prompts; end: the gradient with respect to the finalized mel.
+    Args:
+        cond: the policy's, of the same prompts.
+        finalize: the policy's.
+        end: the gradient with respect to the finalized mel.
     """
     steps = len(trajectory.t) - 1
     cond_ref = reference.encode(trajectory.prompts, cfg_strength=trajectory.cfg_strength)

@@ -108,8 +108,9 @@ class Algorithm(Protocol):
 class AlgorithmBase:
     """An algorithm without probabilities and groups, that learns from nothing but prompts; subclasses add `loss`.
 
-    config: of the nested class `Config`; None: its defaults.
-    beta: weight of what ties the policy to its reference.
+    Args:
+        config: of the nested class `Config`; None: its defaults.
+        beta: weight of what ties the policy to its reference.
     """
 
     name: ClassVar[str]

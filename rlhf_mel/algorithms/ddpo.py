@@ -39,7 +39,8 @@ from rlhf_mel.types import Prompts, Scores
 class PromptStatistics:
     """The last rewards of each prompt, by its group id.
 
-    scaled: whether advantages are in standard deviations.
+    Args:
+        scaled: whether advantages are in standard deviations.
     """
 
     def __init__(self, buffer: int, min_count: int, *, scaled: bool = True) -> None:
@@ -53,7 +54,8 @@ class PromptStatistics:
     ) -> Float[Tensor, " b"]:
         """Advantages of `rewards`, 0 where a reward is not finite.
 
-        everyone: group id and reward of each rollout of all processes, these included; they are remembered.
+        Args:
+            everyone: group id and reward of each rollout of all processes, these included; they are remembered.
         """
         finite = [(group, reward) for group, reward in everyone if math.isfinite(reward)]
         for group, reward in finite:

@@ -61,9 +61,10 @@ class CFM(nn.Module):
     ):
         """Arguments of f5-tts, and:
 
-        mel_spec_module: a MelSpec, or a module from waveform [b, s] to log mel [b, m, n].
-        odeint_kwargs: {"method": "euler"} unless given.
-        tokenizer: strings are tokenised by it, and prompts can be encoded.
+        Args:
+            mel_spec_module: a MelSpec, or a module from waveform [b, s] to log mel [b, m, n].
+            odeint_kwargs: {"method": "euler"} unless given.
+            tokenizer: strings are tokenised by it, and prompts can be encoded.
         """
         super().__init__()
         if tokenizer is not None and vocab_char_map is None:
@@ -130,14 +131,16 @@ class CFM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Mel [b, n, m] (or the vocoder's waveform) and the solver's states [steps + 1, b, n, m].
 
-        cond: reference mel [b, frames, m] or waveform [b, s]; `lens` [b]: its frames, all unless given.
-        duration: frames of reference plus generated speech; raised to fit the text.
-        edit_mask: bool [b, frames], True where the reference is kept (speech editing).
-        cache: True samples without gradients and leaves the model in eval mode, as f5-tts does. False keeps
-            the graph and the caller's train/eval mode; call eval() first unless dropout is wanted.
-        seed: the same noise for every item, as in f5-tts; the global generator is not touched.
-        generator: distinct noise for each item; without it and without seed, the global generator.
-        grad_steps, checkpoint: see ode.solve.
+        Args:
+            cond: reference mel [b, frames, m] or waveform [b, s]; `lens` [b]: its frames, all unless given.
+            duration: frames of reference plus generated speech; raised to fit the text.
+            edit_mask: bool [b, frames], True where the reference is kept (speech editing).
+            cache: True samples without gradients and leaves the model in eval mode, as f5-tts does. False keeps
+                the graph and the caller's train/eval mode; call eval() first unless dropout is wanted.
+            seed: the same noise for every item, as in f5-tts; the global generator is not touched.
+            generator: distinct noise for each item; without it and without seed, the global generator.
+            grad_steps: see ode.solve.
+            checkpoint: see ode.solve.
 
         A batch of unequal durations is masked as in f5-tts: not what each item gives alone (policy.rollout).
         """

@@ -80,12 +80,13 @@ def load_policy(
 ) -> CFM:
     """A policy in eval mode, float32.
 
-    name_or_path: "tiny" (bundled), a model that F5-TTS publishes ("F5TTS_v1_Base", from the hub), a folder that
-        save_policy wrote or the hub id of one, or a weight file of F5-TTS (.safetensors, .pt).
-    model: for a weight file, the name of what it is or was fine-tuned from; its flags come from there.
-    vocab: for a weight file, its vocab.txt; the one beside it unless given.
-    tokenizer: another one than the model's.
-    use_ema: for a .pt that holds online weights and their moving average, which of them; the average unless False.
+    Args:
+        name_or_path: "tiny" (bundled), a model that F5-TTS publishes ("F5TTS_v1_Base", from the hub), a folder that
+            save_policy wrote or the hub id of one, or a weight file of F5-TTS (.safetensors, .pt).
+        model: for a weight file, the name of what it is or was fine-tuned from; its flags come from there.
+        vocab: for a weight file, its vocab.txt; the one beside it unless given.
+        tokenizer: another one than the model's.
+        use_ema: for a .pt that holds online weights and their moving average, which of them; the average unless False.
 
     Raises:
         FileNotFoundError: no such name, a file is missing, or the hub cannot be reached.
@@ -287,7 +288,8 @@ def load_backbone(name: str) -> Callable[..., nn.Module]:
 def read_weights(path: Path, *, use_ema: bool | None = None) -> dict[str, Tensor]:
     """Weights by F5-TTS's names without the EMA prefix, float32, from .safetensors or .pt.
 
-    use_ema: True the moving average, False the online weights; None: the average where the file has both.
+    Args:
+        use_ema: True the moving average, False the online weights; None: the average where the file has both.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected the policy's weights, found no file")

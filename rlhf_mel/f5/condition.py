@@ -50,7 +50,8 @@ def condition_on(
 ) -> Condition:
     """Condition of items of `lengths_frames` that keep the frames `kept` of `reference` and say `ids`.
 
-    cfg_strength: guidance; below 1e-5 there is none, as in f5-tts.
+    Args:
+        cfg_strength: guidance; below 1e-5 there is none, as in f5-tts.
     """
     frames = reference.shape[1]
     durations = torch.tensor(lengths_frames, device=reference.device)

@@ -56,7 +56,8 @@ CARD = "README.md"
 def export_f5(policy: CFM, path: str | Path, *, layout: str = "raw", dtype: torch.dtype = torch.float32) -> Path:
     """Write the policy, LoRA merged, as a weight file of F5-TTS, and vocab.txt beside it; see the module.
 
-    path: ends in .safetensors (then `layout` is "raw" or "ema") or .pt (which holds both).
+    Args:
+        path: ends in .safetensors (then `layout` is "raw" or "ema") or .pt (which holds both).
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt"):
@@ -86,7 +87,8 @@ def save_lora(policy: nn.Module, directory: str | Path, *, base: str | None = No
 
     `PeftModel.from_pretrained(load_policy(base), directory).merge_and_unload()` reads it, as does `load_lora`.
 
-    base: name or path of the policy that it was trained on, for the config.
+    Args:
+        base: name or path of the policy that it was trained on, for the config.
 
     Raises:
         ValueError: the policy has no adapter.
@@ -152,8 +154,9 @@ def model_card(
 ) -> str:
     """README.md of a trained policy: base, algorithm, rewards, and the numbers that the run measured.
 
-    run: folder of the run (its summary.json, config.yaml); without it the card says that nothing was measured.
-    license: of the weights; F5-TTS's published ones are cc-by-nc-4.0, and what is made of them must be too.
+    Args:
+        run: folder of the run (its summary.json, config.yaml); without it the card says that nothing was measured.
+        license: of the weights; F5-TTS's published ones are cc-by-nc-4.0, and what is made of them must be too.
     """
     from huggingface_hub import ModelCardData
 
@@ -255,7 +258,8 @@ def push_to_hub(
 ) -> str:
     """Upload the policy and its card to the Hugging Face hub; `load_policy(repo_id)` reads them. Returns the address.
 
-    folder: where the upload is put together, and stays. `base`, `run` and `license`: see model_card.
+    Args:
+        folder: where the upload is put together, and stays. `base`, `run` and `license`: see model_card.
     """
     from huggingface_hub import HfApi
 

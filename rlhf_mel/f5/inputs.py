@@ -25,7 +25,8 @@ DRAWN_FRAMES = 16
 def as_mel(sound: Tensor, mel_spec: Any, channels: int) -> Float[Tensor, "b n m"]:
     """Mel [b, n, m] as it is, waveform [b, s] as its log mel.
 
-    mel_spec: a MelSpec, or a module from waveform to log mel [b, m, n].
+    Args:
+        mel_spec: a MelSpec, or a module from waveform to log mel [b, m, n].
 
     Raises:
         ValueError: another shape.
@@ -47,7 +48,8 @@ def as_ids(
 ) -> Int[Tensor, "b t"]:
     """Ids padded with -1; without a vocabulary those of UTF-8 bytes, as in f5-tts.
 
-    frames: of all items, or [b] of each; a tokenizer whose tokens stand for stretches of time asks for them.
+    Args:
+        frames: of all items, or [b] of each; a tokenizer whose tokens stand for stretches of time asks for them.
 
     Raises:
         ValueError: not `batch` texts.

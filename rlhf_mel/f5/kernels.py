@@ -248,8 +248,9 @@ def norm_gradient(
 ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "items 2 d"]]:
     """`passed` plus the gradient of LN(x) (1 + scale) + shift at x; then those of scale and of shift, float32.
 
-    of_out: gradient of the result.
-    scale: of every item or, being one, of all.
+    Args:
+        of_out: gradient of the result.
+        scale: of every item or, being one, of all.
     """
     x, passed, of_out = x.contiguous(), passed.contiguous(), of_out.contiguous()
     of_x = torch.empty_like(x)
@@ -271,8 +272,9 @@ def gate_gradient(
 ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "items 2 d"]]:
     """Gradient of gate * branch with respect to branch; then that of gate and the first's sum over frames, float32.
 
-    gate: of every item or, being one, of all.
-    mask: frames that the last sum counts.
+    Args:
+        gate: of every item or, being one, of all.
+        mask: frames that the last sum counts.
     """
     branch, grad = branch.contiguous(), grad.contiguous()
     of_branch = torch.empty_like(branch)

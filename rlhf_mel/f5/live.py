@@ -30,8 +30,9 @@ TOLERANCE = 1e-4
 def policy_from_f5(model: nn.Module, *, tokenizer: str | None = None, check: bool = True) -> CFM:
     """The policy that shares all parameters with `model`, a `f5_tts.model.CFM`; eval mode.
 
-    tokenizer: "pinyin" unless given, as in f5-tts's inference, and "byte" where the model has no vocabulary.
-    check: compare one forward pass of both.
+    Args:
+        tokenizer: "pinyin" unless given, as in f5-tts's inference, and "byte" where the model has no vocabulary.
+        check: compare one forward pass of both.
 
     Raises:
         ValueError: not a CFM of f5-tts 1.1.22 in float32, or one whose forward pass gives other numbers.

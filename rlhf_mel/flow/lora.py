@@ -26,8 +26,9 @@ F5-TTS's weights, and it sees only time."""
 def add_lora(policy: nn.Module, config: LoraConfig | None = None) -> nn.Module:
     """Put LoRA adapters into the policy, in place: only they train from now on.
 
-    config: peft's; without `target_modules`, attention and feed-forward of every block are adapted, and in a policy
-        without blocks like those of F5-TTS every linear layer.
+    Args:
+        config: peft's; without `target_modules`, attention and feed-forward of every block are adapted, and in a policy
+            without blocks like those of F5-TTS every linear layer.
     """
     from peft import LoraConfig, inject_adapter_in_model  # slow to import, needed by few
 

@@ -111,12 +111,13 @@ def solve(
 
     A list, because stacking costs the gradient of the last state a copy of them all.
 
-    grad_steps: None differentiates all K steps; an integer the last ones, the state before them detached; a
-        set of indices those steps, in the others the velocity counts as a constant (dx'/dx = 1).
-    checkpoint: keep only the input of each velocity, run it again in backward(). Same gradient.
-    constant: the velocity in steps that are not differentiated; None: `velocity` itself.
-    preserve_rng_state: replay the random numbers of the first run (needed if dropout is on).
-    odeint_kwargs: for torchdiffeq (`rtol`, `atol`, `options`).
+    Args:
+        grad_steps: None differentiates all K steps; an integer the last ones, the state before them detached; a
+            set of indices those steps, in the others the velocity counts as a constant (dx'/dx = 1).
+        checkpoint: keep only the input of each velocity, run it again in backward(). Same gradient.
+        constant: the velocity in steps that are not differentiated; None: `velocity` itself.
+        preserve_rng_state: replay the random numbers of the first run (needed if dropout is on).
+        odeint_kwargs: for torchdiffeq (`rtol`, `atol`, `options`).
     """
     steps = len(t) - 1
     chosen = _chosen_steps(grad_steps, steps)

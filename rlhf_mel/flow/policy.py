@@ -215,9 +215,12 @@ def rollout(
     padding changes what attention and the text embedding compute. Runs in eval mode (dropout would be noise
     that no one scores), backward() included, and gives the caller's mode back.
 
-    generator: distinct noise for each item, seeded in the order of the prompts and drawn on the generator's
-        own device, so it depends on neither grouping nor the policy's device; a list gives each item its own.
-    grad_steps, checkpoint, method: see ode.solve.
+    Args:
+        generator: distinct noise for each item, seeded in the order of the prompts and drawn on the generator's
+            own device, so it depends on neither grouping nor the policy's device; a list gives each item its own.
+        grad_steps: see ode.solve.
+        checkpoint: see ode.solve.
+        method: see ode.solve.
     """
     differentiable = grad_steps is None or bool(grad_steps)
     if differentiable:

@@ -56,8 +56,9 @@ class SDE:
     ) -> Transition:
         """The step from t[step] to t[step + 1], at x with velocity v, at least float32.
 
-        moved: frames that get noise; the others take Euler's step of the ODE. Noise in some frames only leaves the
-            marginals as they are too: sigma_t may be any matrix that does not depend on x.
+        Args:
+            moved: frames that get noise; the others take Euler's step of the ODE. Noise in some frames only leaves the
+                marginals as they are too: sigma_t may be any matrix that does not depend on x.
         """
         start, end = t[step], t[step + 1]
         ode = x + (end - start) * v
@@ -101,8 +102,9 @@ def solve_sde(
 
     Outside the window the steps are those of `solve`, by `method`.
 
-    noise: standard normal like x0, anew at each call; called once a step of the window.
-    moved: the frames that noise is added to; None: all.
+    Args:
+        noise: standard normal like x0, anew at each call; called once a step of the window.
+        moved: the frames that noise is added to; None: all.
     """
     if method not in STEPWISE_METHODS:
         raise ValueError(f"ODE method beside SDE steps: expected one of {STEPWISE_METHODS}, got {method!r}")

@@ -70,8 +70,10 @@ def sde_rollout(
 ) -> tuple[Rollout, list[Trajectory]]:
     """Sample from the policy with noise in the steps of `window`; one trajectory for each total duration.
 
-    shared_prior: rollouts of one group begin at the same x_0, so that they differ by the window's noise only.
-    Everything else: see policy.rollout, whose noise x_0 is this one's for the same generator.
+    Noise x_0 is that of policy.rollout for the same generator.
+
+    Args:
+        shared_prior: rollouts of one group begin at the same x_0, so that they differ by the window's noise only.
     """
     priors = item_generators(generator, len(prompts))
     prompts = with_durations(policy, prompts, priors)

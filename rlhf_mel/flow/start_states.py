@@ -34,7 +34,8 @@ def begin_at(prompts: Prompts, states: Sequence[Float[Tensor, "_ m"]]) -> Prompt
 class Restarted(ExtendingWrapper):
     """The policy from `times[0]` on, at the states of `begin_at` in place of its prior; a Policy itself.
 
-    times: the grid of every solve, whatever number of steps is asked for; None: the policy's own.
+    Args:
+        times: the grid of every solve, whatever number of steps is asked for; None: the policy's own.
     """
 
     def __init__(self, policy: Policy, times: Float[Tensor, " times"] | None = None) -> None:

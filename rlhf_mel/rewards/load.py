@@ -23,7 +23,8 @@ def known_rewards() -> list[str]:
 def load_reward(spec: RewardSpec, options: Mapping[str, Any] | None = None) -> RewardModel:
     """The reward model called `spec`: "mos", "package.module:Name", a reward model, its class or a plain function.
 
-    options: fields of the Config of its class, or keyword arguments of a class without one (see options.py).
+    Args:
+        options: fields of the Config of its class, or keyword arguments of a class without one (see options.py).
 
     Raises:
         ValueError: no such name, the message lists the known ones; no such option, or a wrong value of one.

@@ -291,7 +291,8 @@ def resolved(
 ) -> dict[str, Any]:
     """What reproduces a run by `--config`: our own fields, and each inherited one that was given another value.
 
-    given: fields of parts that the trainer was given in Python (sources.py), in place of the config's.
+    Args:
+        given: fields of parts that the trainer was given in Python (sources.py), in place of the config's.
     """
     # Not by comparison with a second RLHFConfig(): a new TrainingArguments resets Accelerate under a running trainer.
     own = RLHFConfig.__annotations__

@@ -53,12 +53,13 @@ def score_advantages(
 ) -> Float[Tensor, " b"]:
     """Advantages, float32, of what the reward models said.
 
-    weights: one a name of `scores.breakdown`.
-    group_ids: None: every row is its own group, and every advantage 0.
-    multi_objective_aggregation: "sum_then_normalize" takes the weighted sum as the reward. "normalize_then_sum"
-        takes for it the sum of weight times each reward's own deviation from its group, in standard deviations, so
-        that the scale of a reward does not decide what counts; the sum is normalised over the batch (in TRL
-        `scale_rewards` has then no effect; the same here).
+    Args:
+        weights: one a name of `scores.breakdown`.
+        group_ids: None: every row is its own group, and every advantage 0.
+        multi_objective_aggregation: "sum_then_normalize" takes the weighted sum as the reward. "normalize_then_sum"
+            takes for it the sum of weight times each reward's own deviation from its group, in standard deviations, so
+            that the scale of a reward does not decide what counts; the sum is normalised over the batch (in TRL
+            `scale_rewards` has then no effect; the same here).
     """
     total = scores.total.detach().float()
     if group_ids is None:

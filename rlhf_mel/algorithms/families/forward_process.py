@@ -154,8 +154,9 @@ def regress(
 ) -> dict[str, Float[Tensor, " b"]]:
     """Means over the draws of what `objective` says of each, with gradients where its values have them.
 
-    generator: for times and noise; one for all, seeded in the order of the samples, or one an item.
-    others: by the name that a Draw has them under, without those that are None; asked without gradient.
+    Args:
+        generator: for times and noise; one for all, seeded in the order of the samples, or one an item.
+        **others: by the name that a Draw has them under, without those that are None; asked without gradient.
     """
     compared = {name: other for name, other in others.items() if other is not None}
     generators = item_generators(generator, len(samples.prompts))
@@ -249,7 +250,8 @@ def collect_samples(
 ) -> Samples:
     """What the forward-process family learns from: rollouts of the policy, their advantages and reward metrics.
 
-    across_groups: compare all rollouts of the batch with each other, whatever their prompt.
+    Args:
+        across_groups: compare all rollouts of the batch with each other, whatever their prompt.
     """
     prompts = with_durations(pipeline.policy, prompts, branched(generator, len(prompts)))
     rollouts = pipeline.sample(prompts, generator)

@@ -103,8 +103,9 @@ class Backbone(nn.Module):
     ) -> Float[Tensor, "b positions d"]:
         """Token ids, padded with -1, to embeddings; once a solve, with its graph.
 
-        lengths_frames: frames of each item, where some have fewer than `frames`.
-        drop_text: all items, or those marked, as if they had no text (for guidance).
+        Args:
+            lengths_frames: frames of each item, where some have fewer than `frames`.
+            drop_text: all items, or those marked, as if they had no text (for guidance).
         """
         return self._embed_text(text, frames, lengths_frames, drop_text)
 
@@ -120,8 +121,9 @@ class Backbone(nn.Module):
     ) -> Float[Tensor, "b n m"]:
         """Velocity at x and `time`, given known mel `cond` and what `embed_text` made.
 
-        time: [b], or a scalar (or [1]) shared by the batch: AdaLN then runs on one row.
-        mask: frames within each item's duration; None: all.
+        Args:
+            time: [b], or a scalar (or [1]) shared by the batch: AdaLN then runs on one row.
+            mask: frames within each item's duration; None: all.
         """
         rope = self.rope(x.shape[1], x.device) if rope is None else rope
         time_embedding = self.time_embed(time.reshape(-1), x.dtype)

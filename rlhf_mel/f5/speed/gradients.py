@@ -80,7 +80,8 @@ class KeptGraphs:
 class GradientGraphs:
     """Gradients of one backbone, from graphs; see the top of this file.
 
-    change: what is done to a stand-in when it is made (its blocks compiled).
+    Args:
+        change: what is done to a stand-in when it is made (its blocks compiled).
     """
 
     def __init__(self, change: Callable[[nn.Module], None]) -> None:
@@ -109,8 +110,9 @@ class GradientGraphs:
     ) -> Sequence[Tensor | None]:
         """Arguments and value of `differentiate`, and these:
 
-        of: `of(backbone)` is run's function computed by any backbone.
-        cast: weights of the backbone, by name, that are there in a dtype already: a stand-in uses that memory.
+        Args:
+            of: `of(backbone)` is run's function computed by any backbone.
+            cast: weights of the backbone, by name, that are there in a dtype already: a stand-in uses that memory.
         """
         if cotangent.device.type != "cuda" or cotangent.dtype == torch.float64:
             return differentiate(run, leaves, weights, cotangent)
@@ -198,9 +200,10 @@ def _projections(module: nn.Module) -> list[list[Tensor]]:
 class StandIn:
     """A copy of a backbone that adds the gradients of its weights to `sums`.
 
-    dtype: what linear layers and convolutions are cast to, None to leave them; all else, and what needs no cast, is
-        the backbone's own memory.
-    cast: weights that are there in `dtype`, by name.
+    Args:
+        dtype: what linear layers and convolutions are cast to, None to leave them; all else, and what needs no cast, is
+            the backbone's own memory.
+        cast: weights that are there in `dtype`, by name.
     """
 
     def __init__(

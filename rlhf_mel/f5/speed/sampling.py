@@ -64,7 +64,8 @@ def _compiled_parts(backbone: nn.Module) -> Iterator[nn.Module]:
 class FastVelocity:
     """`backbone.velocity` without gradients, for a backbone in eval mode; see the top of this file.
 
-    cuda_graphs: False for a backbone that cannot be captured, since it waits for the device.
+    Args:
+        cuda_graphs: False for a backbone that cannot be captured, since it waits for the device.
     """
 
     def __init__(self, *, compiled: bool = True, cuda_graphs: bool = True) -> None:
