@@ -49,9 +49,8 @@ Row = dict[str, Any]
 
 @torch.no_grad()
 def sample(args: argparse.Namespace) -> list[Row]:
-    """Speak every take into --out as FLAC; a row each, with what the reward and the recognizer say of it."""
+    """Generate every take into --out as FLAC; a row each."""
     policy, vocoder = load_policy(args.policy, device=args.device), load_vocoder(args.vocoder).to(args.device)
-    rewards = Rewards(["mos", "intelligibility"])
     prompts = load_prompts(args.prompts_from, split=args.split)
     chosen = np.linspace(0, len(prompts) - 1, min(args.prompts, len(prompts))).round().astype(int).tolist()
     rows = []
@@ -68,26 +67,28 @@ def sample(args: argparse.Namespace) -> list[Row]:
                 generator=generators,
             )
             audio = vocode(vocoder, takes)
-            scores = rewards(audio, batch.to(args.device)).breakdown
             for take, waveform in enumerate(clips(audio)):
                 name = f"{prompt:03d}_{take:02d}_{steps}.flac"
                 peak = max(1.0, float(waveform.abs().max()))
                 soundfile.write(args.out / name, waveform.numpy() / peak, audio.sample_rate_hz)
                 row = {"file": name, "prompt": prompt, "steps": steps, "take": take, "peak": peak}
-                row |= {key: float(values[take]) for key, values in scores.items()}
                 rows.append(row | {"text": batch.texts[0], "voice": prompts[prompt]["voice"]})
         print(f"{len(rows)} takes", flush=True)
     return rows
 
 
+@torch.no_grad()
 def judge(rows: list[Row], args: argparse.Namespace) -> None:
-    """Add to each row what the outside listeners say of it."""
+    """Add to each row what the rewards and the outside listeners say of it."""
+    rewards, prompts = Rewards(["mos", "intelligibility"]), load_prompts(args.prompts_from, split=args.split)
     whisper, voice_of = load_whisper(args.whisper), voice_encoder(args.prompts_from, args.split)
     for index, row in enumerate(rows):
         samples, rate_hz = soundfile.read(args.out / row["file"], dtype="float32")
         waveform = torch.from_numpy(samples) * row["peak"]
         length = torch.tensor([len(waveform)])
         audio = Audio(waveform[None], length, rate_hz, log_mel(waveform[None]), samples_to_frames(length, MelSpec()))
+        scores = rewards(audio, prompts.collate([prompts[row["prompt"]]])).breakdown
+        row |= {name: float(values) for name, values in scores.items()}
         row["dnsmos"] = float(dnsmos(audio)["dnsmos_ovrl"])
         power, speech = speech_frames(waveform, rate_hz)
         row["level_dbfs"] = 10 * math.log10(float(power[speech].mean()) + 1e-20)
