@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_mel.f5.cfm import CFM
 from rlhf_mel.f5.checkpoints import CONFIG, WEIGHTS, load_policy, merged_state, require_text, save_policy
 from rlhf_mel.flow.policy import DEFAULTS
 from rlhf_mel.lookup import load_object
-from rlhf_mel.storage import write_whole
+from rlhf_mel.storage import write_tensors, write_whole
 
 
 def load(
@@ -97,7 +97,7 @@ def save(policy: Any, directory: str | Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: value.to("cpu").contiguous().clone() for name, value in merged_state(policy).items()}
     config = {"flow": f"{type(policy).__module__}.{type(policy).__qualname__}"}
-    write_whole(directory / WEIGHTS, lambda path: save_file(state, path))
+    write_tensors(directory / WEIGHTS, state)
     write_whole(directory / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
     return directory
 

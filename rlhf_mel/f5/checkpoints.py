@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_mel.f5.cfm import CFM
@@ -40,7 +40,7 @@ from rlhf_mel.flow.lora import lora_layers
 from rlhf_mel.speech.audio import MelSpec
 from rlhf_mel.speech.f5_text import byte_vocab
 from rlhf_mel.speech.text import load_tokenizer, load_vocab
-from rlhf_mel.storage import ASSETS, download, write_whole
+from rlhf_mel.storage import ASSETS, download, write_tensors, write_whole
 
 BUNDLED = {"tiny": ASSETS}
 """Name to folder."""
@@ -264,15 +264,8 @@ def write_vocab(policy: CFM, path: Path) -> None:
 
 def write_safetensors(state: dict[str, Tensor], path: Path, policy: CFM) -> None:
     """Weights with a description of `policy` in the header; whole or not at all."""
-
-    def write(temporary: Path) -> None:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        # one entry: safetensors writes several in any order, and equal weights should be equal files
-        save_file(state, temporary, {METADATA: json.dumps(describe(policy))})
-        temporary.chmod(mode)  # safetensors lets only the owner read
-
-    write_whole(path, write)
+    # one entry: safetensors writes several in any order, and equal weights should be equal files
+    write_tensors(path, state, {METADATA: json.dumps(describe(policy))})
 
 
 def load_backbone(name: str) -> Callable[..., nn.Module]:

@@ -36,7 +36,7 @@ from rlhf_mel.f5.checkpoints import (
     write_vocab,
 )
 from rlhf_mel.flow.lora import add_lora, lora_layers
-from rlhf_mel.storage import write_whole
+from rlhf_mel.storage import write_tensors, write_whole
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -96,7 +96,6 @@ def save_lora(policy: nn.Module, directory: str | Path, *, base: str | None = No
     if not lora_layers(policy):
         raise ValueError("save_lora: expected a policy with LoRA adapters (add_lora), got none; use save_policy")
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -107,7 +106,7 @@ def save_lora(policy: nn.Module, directory: str | Path, *, base: str | None = No
     }
     written = {**config.to_dict(), "base_model_name_or_path": base, "inference_mode": True}
     text = json.dumps(_jsonable(written), indent=2) + "\n"
-    write_whole(directory / ADAPTER_WEIGHTS, lambda path: save_file(state, path, {"format": "pt"}))
+    write_tensors(directory / ADAPTER_WEIGHTS, state, {"format": "pt"})
     write_whole(directory / ADAPTER_CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
     return directory
 

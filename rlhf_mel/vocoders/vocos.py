@@ -28,7 +28,7 @@ from vocos.models import VocosBackbone
 
 from rlhf_mel.masked import lengths_to_mask
 from rlhf_mel.speech.audio import MelSpec, frames_to_samples
-from rlhf_mel.storage import download
+from rlhf_mel.storage import download, write_tensors, write_whole
 
 MAX_MAGNITUDE = 1e2
 """Where ISTFTHead clips; beyond it the gradient is zero."""
@@ -175,16 +175,12 @@ def _from_published(config: Path, weights: Path) -> VocosVocoder:
 def save(vocoder: VocosVocoder, folder: Path, **card: Any) -> None:
     """Write `vocoder.json` (with `card` in it) and `vocoder.safetensors` (parameters in float16) to `folder`.
 
-    Written beside and moved into place: a reader never sees half a file.
+    Each file is written whole or not at all.
     """
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in vocoder.state_dict().items()}
     weights |= {name: weights[name].half() for name, _ in vocoder.named_parameters()}
     config = {"vocoder": "vocos", "arch": vocoder.arch, "mel_spec": asdict(vocoder.mel_spec), **card}
-    save_file(weights, folder / "vocoder.safetensors.part")
-    (folder / "vocoder.safetensors.part").chmod(0o644)  # safetensors makes it private
-    (folder / "vocoder.json.part").write_text(json.dumps(config, indent=1) + "\n")
-    for name in ("vocoder.safetensors", "vocoder.json"):
-        (folder / f"{name}.part").replace(folder / name)
+    write_tensors(folder / "vocoder.safetensors", weights)
+    text = json.dumps(config, indent=1) + "\n"
+    write_whole(folder / "vocoder.json", lambda path: path.write_text(text, encoding="utf-8"))

@@ -182,7 +182,7 @@ def test_a_failed_save_leaves_the_old_files(saved: Path, monkeypatch: pytest.Mon
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoints, "save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     with pytest.raises(OSError, match="disk full"):
         save_policy(lora_policy(), saved)
