@@ -52,7 +52,7 @@ def sample(args: argparse.Namespace) -> list[Row]:
     """Generate every take into --out as FLAC; a row each."""
     policy, vocoder = load_policy(args.policy, device=args.device), load_vocoder(args.vocoder).to(args.device)
     prompts = load_prompts(args.prompts_from, split=args.split)
-    chosen = np.linspace(0, len(prompts) - 1, min(args.prompts, len(prompts))).round().astype(int).tolist()
+    chosen = range(min(args.prompts, len(prompts)))  # voices alternate
     rows = []
     for steps, count in ((args.steps, args.rollouts), (1, args.rollouts // 4)):
         for prompt in chosen:
