@@ -28,8 +28,10 @@ class Prompts:
     reference_texts: Sequence[str]
     """b transcripts of the reference clips."""
     sample_rate_hz: int = 24_000
+    generated_frames: Int[Tensor, " b"] | None = None
+    """Mel frames of speech that the rows ask for; None: the policy's duration rule."""
     durations_frames: Int[Tensor, " b"] | None = None
-    """Mel frames of reference plus generated speech; None: the policy's duration rule."""
+    """Mel frames of speech and, of policies that continue a reference, of that; None: not settled yet."""
     timing_seeds: Int[Tensor, " b"] | None = None
     """What the rhythm of each item is drawn from, by a policy that draws it; None: not drawn yet (flow/policy.py)."""
     group_ids: Int[Tensor, " b"] | None = None

@@ -83,9 +83,10 @@ class MatchaPolicy(nn.Module):
             )
 
     def durations(self, prompts: Prompts) -> Int[Tensor, " b"]:
-        """Frames: `durations_frames`, else what the duration predictor says, without dropout; the clip has none."""
-        if prompts.durations_frames is not None:
-            return prompts.durations_frames
+        """Frames: those settled, else those that rows ask for, else what the duration predictor says, no dropout."""
+        for given in (prompts.durations_frames, prompts.generated_frames):
+            if given is not None:
+                return given
         with torch.no_grad(), evaluating(self):
             *_, token_frames = self._encode_text(prompts)
         return token_frames.sum(dim=1).clamp(min=1).long()

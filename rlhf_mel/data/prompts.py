@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rlhf_mel.data.prompt_files import from_datasets, load_hub_rows, read_rows, rename
 from rlhf_mel.speech.audio import MelSpec, load_audio, read_speech, samples_to_frames
-from rlhf_mel.speech.f5_text import f5_reference_text
+from rlhf_mel.speech.durations import f5_total_frames
 from rlhf_mel.speech.reference_clips import prepare_reference
 from rlhf_mel.storage import ASSETS
 from rlhf_mel.types import Prompts
@@ -65,18 +65,6 @@ def _load_clip(source: str | bytes, sample_rate_hz: int, prepare: bool = False) 
     if prepare:
         return prepare_reference(*read_speech(source), sample_rate_hz)
     return load_audio(source, sample_rate_hz)
-
-
-def f5_total_frames(reference_samples: int, hop_length: int, reference_text: str, text: str) -> int:
-    """Frames of reference and speech by f5-tts's inference: as many bytes a frame as the reference.
-
-    R + int(R / bytes of the reference's text * bytes of the text / speed), R = samples // hop; speed is 1, and 0.3
-    below 10 bytes.
-    """
-    reference_frames = reference_samples // hop_length
-    text_bytes, reference_bytes = (len(side.encode("utf-8")) for side in (text, f5_reference_text(reference_text)))
-    speed = 0.3 if text_bytes < 10 else 1.0
-    return reference_frames + int(reference_frames / reference_bytes * text_bytes / speed)
 
 
 class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -160,24 +148,21 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
             reference_lengths_samples=lengths,
             reference_texts=[row["reference_text"] for row in rows],
             sample_rate_hz=self.mel_spec.sample_rate_hz,
-            durations_frames=self._durations_frames(rows, lengths),
+            generated_frames=self._generated_frames(rows, lengths),
             group_ids=torch.tensor([row["row"] for row in rows]),
             columns={name: [row[name] for row in rows] for name in others},
         )
 
-    def _durations_frames(self, rows: Sequence[Mapping[str, Any]], lengths: Tensor) -> Tensor | None:
-        """Frames of the reference clip plus `duration_s`, rounded up to whole frames."""
-        if rows[0].get("duration_s") is None:
-            return self._f5_durations(rows, lengths) if self.options.duration_rule == "f5" else None
-        frame_rate_hz = self.mel_spec.frame_rate_hz
-        generated = torch.tensor([math.ceil(row["duration_s"] * frame_rate_hz) for row in rows])
-        return samples_to_frames(lengths, self.mel_spec) + generated
-
-    def _f5_durations(self, rows: Sequence[Mapping[str, Any]], lengths: Tensor) -> Tensor:
+    def _generated_frames(self, rows: Sequence[Mapping[str, Any]], lengths: Tensor) -> Tensor | None:
+        """`duration_s` in frames, rounded up to whole ones; or by F5-TTS's rule; or None, where the policy rules."""
+        if rows[0].get("duration_s") is not None:
+            return torch.tensor([math.ceil(row["duration_s"] * self.mel_spec.frame_rate_hz) for row in rows])
+        if self.options.duration_rule != "f5":
+            return None
         hop = self.mel_spec.hop_length
         pairs = zip(rows, lengths.tolist(), strict=True)
-        ruled = [f5_total_frames(samples, hop, row["reference_text"], row["text"]) for row, samples in pairs]
-        return torch.maximum(torch.tensor(ruled), samples_to_frames(lengths, self.mel_spec) + 1)  # as in CFM.sample
+        totals = [f5_total_frames(samples, hop, row["reference_text"], row["text"]) for row, samples in pairs]
+        return (torch.tensor(totals) - samples_to_frames(lengths, self.mel_spec)).clamp(min=1)  # as in CFM.sample
 
     def _source(self, row: Mapping[str, Any]) -> str | bytes:
         """The reference clip: a path, or the bytes of an encoded `Audio`."""
@@ -226,7 +211,7 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
         self.rows = _rows_at(self.rows, [index for index in range(len(self)) if index not in problems])
 
     def _duration_problems(self) -> list[str]:
-        """`Prompts.durations_frames` is a tensor or None, so durations are given for all rows or for none."""
+        """`Prompts.generated_frames` is a tensor or None, so durations are given for all rows or for none."""
         missing = [index for index, row in enumerate(self.rows) if row.get("duration_s") is None]
         if not missing or len(missing) == len(self):
             return []

@@ -23,8 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
 from rlhf_mel.f5.condition import Condition, condition_on, guided, velocity_by
-from rlhf_mel.f5.inputs import Text, as_ids, as_mel, check_prompts, durations_by_text, prompt_ids, reference_mels
-from rlhf_mel.f5.masks import chance, fit_durations, kept_frames, mel_spec_from_f5, spans, uniform
+from rlhf_mel.f5.inputs import Text, as_ids, as_mel, check_prompts, prompt_ids, reference_mels
+from rlhf_mel.f5.masks import chance, kept_frames, mel_spec_from_f5, spans, uniform
 from rlhf_mel.f5.speed.sampling import FastVelocity, compile_blocks
 from rlhf_mel.flow import ode, recompute
 from rlhf_mel.flow.noise import Generators, item_generators, item_noise
@@ -33,6 +33,7 @@ from rlhf_mel.flow.policy import require_gradients, velocity_as_now
 from rlhf_mel.masked import lengths_to_mask
 from rlhf_mel.modules import modules_of
 from rlhf_mel.speech.audio import MelSpec, samples_to_frames
+from rlhf_mel.speech.durations import clamped_frames, total_frames
 from rlhf_mel.speech.text import Tokenizer
 from rlhf_mel.speech.token_cache import CachedTokenizer, cached
 from rlhf_mel.types import Prompts
@@ -152,7 +153,7 @@ class CFM(nn.Module):
             mel = as_mel(cond, self.mel_spec, self.num_channels).to(self.dtype)
             ids = self._as_ids(text, len(mel), duration)
             lens = (torch.full((len(mel),), mel.shape[1]) if lens is None else lens).to(mel.device)
-            lengths = fit_durations(duration, ids, lens, max_duration)
+            lengths = clamped_frames(duration, ids, lens, max_duration)
             reference = F.pad(mel, (0, 0, 0, max(lengths) - mel.shape[1]))
             kept = kept_frames(lens, edit_mask, max(lengths))
             shown = torch.zeros_like(reference) if no_ref_audio else reference
@@ -232,7 +233,7 @@ class CFM(nn.Module):
         return self.tokenizer is not None and cached(self.tokenizer).draws_timing
 
     def durations(self, prompts: Prompts) -> Int[Tensor, " b"]:
-        """Total frames: `durations_frames`, else reference frames (1 + spoken length of text / transcript).
+        """Frames of reference and speech: see speech.durations.total_frames.
 
         All that can be wrong with prompts is found here, before any is solved.
 
@@ -241,15 +242,13 @@ class CFM(nn.Module):
         """
         check_prompts(prompts, self.mel_spec, self._tokenize)
         references = samples_to_frames(prompts.reference_lengths_samples, self.mel_spec)
-        totals = prompts.durations_frames
-        if totals is None:
-            totals = durations_by_text(prompts, references, self._tokenize)
+        totals = total_frames(prompts, references, self._tokenize)
         ids = self._prompt_ids(prompts, references, torch.maximum(totals, references + 1))
         least = torch.maximum(references + 1, (ids != -1).sum(dim=1).to(references.device))
         if bool((totals < least).any()):
             raise ValueError(
                 f"durations_frames: expected at least {least.tolist()}, more than the reference has and a frame for"
-                f" each token of both texts, got {totals.tolist()}; shorten the texts or raise durations_frames"
+                f" each token of both texts, got {totals.tolist()}; shorten the texts or raise duration_s"
             )
         return totals
 

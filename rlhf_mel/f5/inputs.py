@@ -11,15 +11,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_mel.speech.audio import MelSpec, log_mel
+from rlhf_mel.speech.durations import timed_tokenizers
 from rlhf_mel.speech.text import Tokenizer, tokens_to_ids
 from rlhf_mel.speech.token_cache import CachedTokenizer
 from rlhf_mel.types import Prompts
 
 Text = Tensor | Sequence[str] | Sequence[Sequence[str]]
 """Ids [b, t] padded with -1, b strings, or b lists of tokens."""
-
-DRAWN_FRAMES = 16
-"""Drawn total durations are multiples of it (0.17 s), so that takes of one length can be solved together."""
 
 
 def as_mel(sound: Tensor, mel_spec: Any, channels: int) -> Float[Tensor, "b n m"]:
@@ -86,34 +84,10 @@ def prompt_ids(
     return tokens_to_ids(tokens, vocab)
 
 
-def timed_tokenizers(prompts: Prompts, tokenizer: CachedTokenizer) -> list[CachedTokenizer]:
-    """The tokenizer with the timing that was drawn for each prompt, if one was."""
-    if prompts.timing_seeds is None:
-        return [tokenizer] * len(prompts)
-    return [tokenizer.drawn(seed) for seed in prompts.timing_seeds.tolist()]
-
-
 def reference_mels(prompts: Prompts, mel_spec: MelSpec) -> list[Float[Tensor, "n m"]]:
     """Log mel of each clip at its own length: padding would change the last frames."""
     clips = zip(prompts.reference_audio, prompts.reference_lengths_samples.tolist(), strict=True)
     return [log_mel(clip[None, :length], mel_spec)[0] for clip, length in clips]
-
-
-def durations_by_text(
-    prompts: Prompts, reference_frames: Int[Tensor, " b"], tokenizer: CachedTokenizer
-) -> Int[Tensor, " b"]:
-    """Reference frames (1 + spoken length of text / that of the transcript), at least one more than the reference.
-
-    A drawn length is rounded up to a total of whole DRAWN_FRAMES.
-    """
-    timed = timed_tokenizers(prompts, tokenizer)
-    spoken = [one.spoken_length(text) for one, text in zip(timed, prompts.texts, strict=True)]
-    reference_spoken = [tokenizer.spoken_length(text) for text in prompts.reference_texts]
-    rows = zip(reference_frames.tolist(), spoken, reference_spoken, strict=True)
-    totals = [frames + max(1, int(frames * length / reference)) for frames, length, reference in rows]
-    if prompts.timing_seeds is not None:
-        totals = [-(-total // DRAWN_FRAMES) * DRAWN_FRAMES for total in totals]
-    return torch.tensor(totals, device=reference_frames.device)
 
 
 def check_prompts(prompts: Prompts, mel_spec: MelSpec, tokenizer: Tokenizer) -> None:

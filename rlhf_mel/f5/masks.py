@@ -1,4 +1,4 @@
-"""Durations, spans and masks as F5-TTS draws them, from its arguments."""
+"""Spans and masks as F5-TTS draws them, from its arguments."""
 
 from __future__ import annotations
 
@@ -18,16 +18,6 @@ def mel_spec_from_f5(kwargs: Mapping[str, Any]) -> MelSpec:
     """MelSpec from f5-tts's names: n_mel_channels, target_sample_rate, mel_spec_type."""
     ours = {"n_mel_channels": "n_mels", "target_sample_rate": "sample_rate_hz", "mel_spec_type": "kind"}
     return MelSpec(**{ours.get(name, name): value for name, value in kwargs.items()})
-
-
-def fit_durations(
-    duration: int | Int[Tensor, " ..."], ids: Int[Tensor, "b t"], lens: Int[Tensor, " b"], max_duration: int
-) -> list[int]:
-    """Total frames of each item: `duration`, at least one more than its reference `lens` or its text have."""
-    wanted = torch.as_tensor(duration, device=ids.device).expand(len(ids))
-    least = torch.maximum((ids != -1).sum(dim=-1), lens) + 1
-    fitted: list[int] = torch.maximum(least, wanted).clamp(max=max_duration).tolist()
-    return fitted
 
 
 def kept_frames(lens: Int[Tensor, " b"], edit_mask: Tensor | None, frames: int) -> Bool[Tensor, "b n"]:

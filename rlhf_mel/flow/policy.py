@@ -44,7 +44,9 @@ class Policy(Protocol):
         return ()
 
     def durations(self, prompts: Prompts) -> Int[Tensor, " b"]:
-        """Frames of reference plus generated speech: `prompts.durations_frames`, else by the policy's own rule."""
+        """Frames of each state: `prompts.durations_frames`, else `prompts.generated_frames` and what the policy puts
+        before them (a reference that it continues), else by the policy's own rule.
+        """
         ...
 
     def encode(self, prompts: Prompts, *, cfg_strength: float = 2.0) -> Any:
@@ -254,7 +256,7 @@ def rollout(
 def with_durations(policy: Policy, prompts: Prompts, generators: Sequence[torch.Generator] | None = None) -> Prompts:
     """The prompts with the total frames that each gets: the one place that asks.
 
-    Those asked for, by a row's `duration_s` or the data set's duration rule, are there already; else the policy rules.
+    The policy answers by what the rows ask for, or by its own rule (speech/durations.py has those of F5-TTS).
     Where it draws the rhythm of takes, and none is there, that is drawn from `generators`, and belongs to the rollout:
     whoever goes over it again (a reference, a replay) takes these prompts.
     """

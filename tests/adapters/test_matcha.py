@@ -125,6 +125,13 @@ def test_durations_do_not_depend_on_the_mode() -> None:
     assert flow.durations(prompts(durations_frames=torch.tensor([5, 6, 7]))).tolist() == [5, 6, 7]
 
 
+def test_a_row_s_duration_is_that_of_the_speech_alone() -> None:
+    flow = policy()
+    asked = prompts(generated_frames=torch.tensor([20, 13, 20]))
+    spoken = rollout(flow, asked, steps=2, grad_steps=0, generator=torch.Generator().manual_seed(0))
+    assert spoken.lengths_frames.tolist() == [20, 13, 20]  # and not as much more as the clip has
+
+
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(ValueError, match=r"expected a column 'speaker' \(0 to 2\)"):
         policy(3).durations(prompts())

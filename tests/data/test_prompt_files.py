@@ -13,7 +13,8 @@ import soundfile
 import torch
 from datasets import Audio, Dataset
 
-from rlhf_mel.data.prompts import PromptDataset, PromptOptions, f5_total_frames, load_dataset_prompts, load_prompts
+from rlhf_mel.data.prompts import PromptDataset, PromptOptions, load_dataset_prompts, load_prompts
+from rlhf_mel.speech.durations import f5_total_frames
 from rlhf_mel.types import Prompts
 
 RATE_HZ = 24_000
@@ -90,7 +91,7 @@ def test_what_else_the_lists_say_reaches_the_rewards(folder: Path) -> None:
 def test_columns_are_renamed_and_durations_given(folder: Path) -> None:
     prompts = load_prompts(librispeech(folder), split="train", columns={"duration_s": "target_duration_s"})
     # 94 and 47 frames of reference; 2.5 s are 234.4 frames, 3.25 s are 304.7
-    assert batch(prompts).durations_frames.tolist() == [94 + 235, 47 + 305]  # type: ignore[union-attr]
+    assert batch(prompts).generated_frames.tolist() == [235, 305]  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"expected columns \['words'\], got \['id', .*\]; correct `columns`"):
         load_prompts(librispeech(folder), split="train", columns={"text": "words"})
 
@@ -164,10 +165,11 @@ def test_duration_by_f5_tts_s_rule(folder: Path) -> None:
     """R = 24,000 // 256 = 93; the reference's text becomes "Hello there.  ", 14 bytes.
 
     "Good morning." has 13: 93 + int(93 / 14 * 13) = 179. "No." has 3, fewer than 10: 93 + int(93 / 14 * 3 / 0.3) = 159.
+    The clip's mel has a frame more than R: 94 of those totals.
     """
     options = PromptOptions(duration_rule="f5")
     prompts = batch(PromptDataset(rows("Good morning.", "No."), root=folder, options=options))
-    assert prompts.durations_frames.tolist() == [179, 159]  # type: ignore[union-attr]
+    assert prompts.generated_frames.tolist() == [179 - 94, 159 - 94]  # type: ignore[union-attr]
     assert f5_total_frames(24_000, 256, "早上好。", "早上好。") == 93 + 93
     with pytest.raises(ValueError, match=r"duration_rule: expected one of \['policy', 'f5'\]"):
         PromptOptions(duration_rule="upstream")

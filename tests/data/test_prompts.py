@@ -47,7 +47,7 @@ def test_collate_pads_clips_and_keeps_every_other_column(folder: Path) -> None:
     assert batch.reference_audio.shape == (3, 24_000)
     assert (batch.reference_audio[1, 12_000:] == 0).all() and batch.reference_audio[1, :12_000].abs().max() > 0.2
     assert batch.group_ids is not None and batch.group_ids.tolist() == [0, 1, 1]
-    assert batch.durations_frames is None
+    assert batch.generated_frames is None
     assert batch.columns == {
         "id": ["x"] * 3,
         "voice": ["v"] * 3,
@@ -55,12 +55,12 @@ def test_collate_pads_clips_and_keeps_every_other_column(folder: Path) -> None:
     }
 
 
-def test_duration_is_reference_frames_plus_seconds_to_generate(folder: Path) -> None:
+def test_seconds_to_generate_are_whole_frames(folder: Path) -> None:
     write_jsonl(folder / "p.jsonl", [row(duration_s=1.0), row("Two.", "b.wav", duration_s=0.5)])
     prompts = load_prompts(folder / "p.jsonl", split="train")
     batch = prompts.collate([prompts[0], prompts[1]])
-    # 24,000 // 256 + 1 = 94 and 12,000 // 256 + 1 = 47 frames of reference; 93.75 and 46.875 frames to generate
-    assert batch.durations_frames is not None and batch.durations_frames.tolist() == [94 + 94, 47 + 47]
+    # 24,000 / 256 = 93.75 frames a second
+    assert batch.generated_frames is not None and batch.generated_frames.tolist() == [94, 47]
 
 
 def test_clips_of_another_rate_are_resampled(folder: Path) -> None:

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlhf_mel.data.prompts import f5_total_frames
 from rlhf_mel.f5.cfm import CFM
 from rlhf_mel.f5.checkpoints import save_policy
 from rlhf_mel.f5.export import export_f5
 from rlhf_mel.flow.lora import add_lora
+from rlhf_mel.speech.durations import f5_total_frames
 from rlhf_mel.speech.text import load_tokenizer, load_vocab
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

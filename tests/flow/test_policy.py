@@ -224,6 +224,8 @@ def test_duration_rule() -> None:
     )
     assert tiny_policy().durations(prompts).tolist() == [13 + 13, 9 + 15, 13 + 1]
     assert tiny_policy().durations(tiny_prompts()).tolist() == [30, 24, 30]
+    asked = tiny_prompts(durations_frames=None, generated_frames=torch.tensor([17, 15, 20]))
+    assert tiny_policy().durations(asked).tolist() == [13 + 17, 9 + 15, 13 + 20]
 
 
 @pytest.mark.parametrize(
