@@ -45,7 +45,9 @@ from rlhf_mel.speech.text import UNIT_FRAMES, PhonemeTokenizer
 
 SAMPLE_RATE_HZ = 24_000
 UNIT_SAMPLES = UNIT_FRAMES * MelSpec().hop_length
-SHARES = {"room": 0.35, "noise": 0.45, "band": 0.25, "codec": 0.15, "clip": 0.15}
+SHARES = {"room": 0.4, "noise": 0.6, "band": 0.06, "codec": 0.05, "clip": 0.05}
+"""Mostly what DistillMOS and DNSMOS both hear: DNSMOS does not mind narrow bands, codecs and clipping."""
+NOISES = {"white": 0.3, "pink": 0.4, "brown": 0.1, "hum": 0.1, "babble": 0.1}
 LEVEL_STD_DB = 1.5
 FADE_S = 0.012
 
@@ -66,7 +68,7 @@ def room(speech: np.ndarray, rng: Rng, others: Callable[[], np.ndarray]) -> tupl
 
 
 def noise(speech: np.ndarray, rng: Rng, others: Callable[[], np.ndarray]) -> tuple[np.ndarray, Labels]:
-    snr_db, kind = rng.uniform(8, 30), str(rng.choice(["white", "pink", "brown", "hum", "babble"]))
+    snr_db, kind = rng.uniform(8, 30), str(rng.choice(list(NOISES), p=list(NOISES.values())))
     if kind == "babble":
         sound = sum(np.resize(np.roll(others(), rng.integers(10_000)), len(speech)) for _ in range(6))
     elif kind == "hum":
@@ -217,8 +219,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--variants", type=int, default=3)
-    parser.add_argument("--clean_share", type=float, default=0.35)
-    parser.add_argument("--slip_share", type=float, default=0.3)
+    parser.add_argument("--clean_share", type=float, default=0.3)
+    parser.add_argument("--slip_share", type=float, default=0.2)
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -10,26 +10,30 @@ classifier-free guidance the known mel is dropped in 30 % of the items and the t
 
 Fast because nothing waits: mels and tokens of the whole corpus live on the card, partners are picked so that a
 pair fills the batch's fixed length to within 3 frames of closing silence (no padding, no masks), and a whole update
-(gather, forward, backward, clipping, AdamW) is one CUDA graph.
+(gather, forward, backward; clipping, AdamW) is two CUDA graphs. Between them the gradients of several cards are
+averaged; each card draws pairs of its own.
 
-Leaves out: several GPUs, several languages, a duration model (F5-TTS's length rule is used).
-Hardware: one H100, 5.3 minutes: 13,900 updates, 44.6 a second (rlhf_mel/assets/README.md). A CPU runs it, slowly.
-Number to expect: recipes/listen.py on the result, word error rates of 0.04 to 0.09.
+Leaves out: several languages, a duration model (F5-TTS's length rule is used).
+Hardware: one H100 makes 44 updates a second; the bundled policy: rlhf_mel/assets/README.md. A CPU runs it, slowly.
+Number to expect: recipes/audit.py on the result.
     python recipes/align.py --data data/corpus --out rlhf_mel/assets
-    python recipes/pretrain.py --data data/corpus --out runs/pretrain --minutes 5.3
-A run may be cut in parts: `--until 3` stops at minute 3, `--resume` goes on from runs/pretrain/state.pt.
+    torchrun --nproc_per_node 3 recipes/pretrain.py --data data/wild --out runs/pretrain --updates 40000
+A run may be cut in parts: `--minutes 9` stops so long after the start, `--resume` goes on from runs/pretrain/state.pt.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed
 from corpus_data import Average, Corpus, adamw, cosine, load_corpus, set_lr
 from torch import Tensor
 
@@ -188,25 +192,43 @@ def flow_matching_loss(dit: DiT, clips: Utterances, pairs: Tensor, length_frames
     return (error * unknown).sum() / unknown.sum()
 
 
-class Update:
-    """One optimizer step at one length; on CUDA captured once as a graph and replayed."""
+def flat_gradients(dit: DiT) -> Tensor:
+    """One row of zeros that the gradients of all weights are views of."""
+    weights = list(dit.parameters())
+    flat = torch.zeros(sum(weight.numel() for weight in weights), device=weights[0].device)
+    for weight, part in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
+        weight.grad = part.view_as(weight)
+    return flat
 
-    def __init__(self, dit: DiT, clips: Utterances, optimizer, average: Average, length: int, batch: int) -> None:
+
+class Update:
+    """One optimizer step at one length; on CUDA captured once as two graphs and replayed."""
+
+    def __init__(
+        self, dit: DiT, clips: Utterances, optimizer, average: Average, gradients: Tensor, length: int, batch: int
+    ) -> None:
         self.dit, self.clips, self.optimizer, self.average = dit, clips, optimizer, average
-        self.length, self.batch = length, batch
+        self.gradients, self.length, self.batch = gradients, length, batch
         self.device = clips.mel.device
         self.pairs = torch.zeros(batch, 8, dtype=torch.long, device=self.device)
         self.loss = torch.zeros((), device=self.device)
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.backward, self.apply = self._backward, self._apply
 
-    def _step(self) -> None:
+    def _backward(self) -> None:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             loss = flow_matching_loss(self.dit, self.clips, self.pairs, self.length)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.gradients.zero_()
         loss.backward()
+        self.loss.copy_(loss.detach())
+
+    def _average_over_cards(self) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.gradients)
+            self.gradients /= torch.distributed.get_world_size()
+
+    def _apply(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.dit.parameters(), 1.0, foreach=True)
         self.optimizer.step()
-        self.loss.copy_(loss.detach())
 
     def capture(self, rng: np.random.Generator) -> None:
         stream = torch.cuda.Stream()
@@ -214,11 +236,15 @@ class Update:
         with torch.cuda.stream(stream):
             for _ in range(3):
                 self._load(rng)
-                self._step()
+                self._backward()
+                self._average_over_cards()
+                self._apply()
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._step()
+        graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        for graph, part in zip(graphs, (self._backward, self._apply), strict=True):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread asks for its events
+                part()
+        self.backward, self.apply = (graph.replay for graph in graphs)
 
     def _load(self, rng: np.random.Generator) -> None:
         drawn = torch.from_numpy(draw_pairs(self.clips, self.batch, self.length, rng))
@@ -228,13 +254,24 @@ class Update:
 
     def __call__(self, rng: np.random.Generator) -> None:
         self._load(rng)
-        self.graph.replay() if self.graph else self._step()
+        self.backward()
+        self._average_over_cards()
+        self.apply()
         self.average.update()
 
 
-def save(out: Path, policy: CFM, average: Average, optimizer, elapsed_s: float, steps: int) -> None:
+def agreed(over: bool) -> bool:
+    """What the first card says, on all of them."""
+    if not torch.distributed.is_initialized():
+        return over
+    said = [over]
+    torch.distributed.broadcast_object_list(said)
+    return said[0]
+
+
+def save(out: Path, policy: CFM, average: Average, optimizer, steps: int) -> None:
     """Weights, their average and the optimizer to state.pt; the averaged policy to policy/."""
-    state = {"elapsed_s": elapsed_s, "steps": steps, "optimizer": optimizer.state_dict()}
+    state = {"steps": steps, "optimizer": optimizer.state_dict()}
     state |= {"online": policy.transformer.state_dict(), "averaged": average.averaged}
     torch.save(state, out / "state.tmp")
     (out / "state.tmp").rename(out / "state.pt")
@@ -247,19 +284,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=5.3, help="the whole schedule")
-    parser.add_argument("--until", type=float, help="stop at this minute of the schedule")
-    parser.add_argument("--frames", type=int, default=24_576, help="mel frames a batch")
+    parser.add_argument("--updates", type=int, default=40_000, help="the whole schedule")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop earlier, so long after the start")
+    parser.add_argument("--frames", type=int, default=24_576, help="mel frames a batch, of each card")
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
+    begin = time.monotonic()
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(rank)
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = True
     args.out.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(args.seed)
+    rng = np.random.default_rng(args.seed)  # the same on every card: timings, and which length is next
     vocab = {token: index for index, token in enumerate(TOKENS)}
     corpus = load_corpus(args.data, args.device)
     tokenizer = load_tokenizer("phoneme")
@@ -268,40 +311,42 @@ def main() -> None:
     dit = DiT(text_num_embeds=len(TOKENS), **ARCH).to(args.device).train()
     policy = CFM(dit, vocab_char_map=vocab, tokenizer=tokenizer)
     optimizer = adamw(dit.parameters(), args.learning_rate, (0.9, 0.98), weight_decay=0.01)
-    average, spent_s, steps = Average(dit, 0.9995), 0.0, 0
+    average, steps = Average(dit, 0.9995), 0
     if args.resume:
         state = torch.load(args.out / "state.pt", map_location=args.device, weights_only=True)
         dit.load_state_dict(state["online"])
         optimizer.load_state_dict(state["optimizer"])
         torch._foreach_copy_(average.averaged, state["averaged"])
-        spent_s, steps = state["elapsed_s"], state["steps"]
-        average.updates = steps
+        steps = average.updates = state["steps"]
     print(f"{corpus.duration_h:.2f} h, {len(clips.keys)} clips, {sum(p.numel() for p in dit.parameters()):,} weights")
 
-    updates = [Update(dit, clips, optimizer, average, length, args.frames // length) for length in LENGTHS_FRAMES]
-    begin = time.monotonic()
+    pairs_rng = np.random.default_rng([args.seed, rank, steps])
+    torch.manual_seed(args.seed + 1000 * rank + steps)  # noise, times, dropout
+    gradients = flat_gradients(dit)
+    updates = [
+        Update(dit, clips, optimizer, average, gradients, length, args.frames // length) for length in LENGTHS_FRAMES
+    ]
     if args.device.startswith("cuda"):
         set_lr(optimizer, 0.0 if args.resume else 1e-5)
         for block in dit.transformer_blocks:
             block.compile(dynamic=False)
         for update in updates:
-            update.capture(rng)
+            update.capture(pairs_rng)
         print(f"captured after {time.monotonic() - begin:.1f} s", flush=True)
 
-    stop_s, last = 60 * (args.until or args.minutes), time.monotonic()
-    elapsed_s, logged = spent_s, steps
-    while elapsed_s < stop_s:
-        set_lr(optimizer, args.learning_rate * cosine(elapsed_s / (60 * args.minutes), floor=0.005))
-        updates[int(rng.integers(len(updates)))](rng)
+    last, logged = time.monotonic(), steps
+    while steps < args.updates and not (steps % 100 == 0 and agreed(time.monotonic() - begin > 60 * args.minutes)):
+        set_lr(optimizer, args.learning_rate * cosine(steps / args.updates, floor=0.005))
+        updates[int(rng.integers(len(updates)))](pairs_rng)
         steps += 1
-        elapsed_s = spent_s + time.monotonic() - begin
-        if time.monotonic() - last > 10:
+        if rank == 0 and time.monotonic() - last > 10:
             losses = " ".join(f"{update.loss.item():.4f}" for update in updates)
             rate = (steps - logged) / (time.monotonic() - last)
-            print(f"{elapsed_s:7.1f} s  step {steps}  {rate:.1f} steps/s  loss {losses}", flush=True)
+            print(f"{time.monotonic() - begin:7.1f} s  step {steps}  {rate:.1f} steps/s  loss {losses}", flush=True)
             last, logged = time.monotonic(), steps
-    save(args.out, policy, average, optimizer, elapsed_s, steps)
-    print(f"{steps} steps in {elapsed_s:.0f} s; policy in {args.out / 'policy'}")
+    if rank == 0:
+        save(args.out, policy, average, optimizer, steps)
+        print(f"{steps} steps, {time.monotonic() - begin:.0f} s in this part; policy in {args.out / 'policy'}")
 
 
 if __name__ == "__main__":
