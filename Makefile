@@ -19,8 +19,9 @@ demo: $(VENV)/.installed
 
 test: lint pytest
 
+# Tests compute with one thread; pytest-xdist gives each core tests of its own.
 pytest: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4
 
 # Shapes and types of every annotated function, checked as it is called.
 typed: $(VENV)/.installed-dev

@@ -37,6 +37,7 @@ from listen import letters, load_whisper, transcript
 from torch import Tensor
 
 from rlhf_mel import load_policy, load_prompts, load_vocoder, rollout
+from rlhf_mel.data.prompts import SPLITS
 from rlhf_mel.flow.noise import item_generator
 from rlhf_mel.pipeline import vocode
 from rlhf_mel.rewards.combine import Rewards
@@ -81,7 +82,7 @@ def sample(args: argparse.Namespace) -> list[Row]:
 def judge(rows: list[Row], args: argparse.Namespace) -> None:
     """Add to each row what the rewards and the outside listeners say of it."""
     rewards, prompts = Rewards(["mos", "intelligibility"]), load_prompts(args.prompts_from, split=args.split)
-    whisper, voice_of = load_whisper(args.whisper), voice_encoder(args.prompts_from, args.split)
+    whisper, voice_of = load_whisper(args.whisper), voice_encoder(args.prompts_from)
     for index, row in enumerate(rows):
         samples, rate_hz = soundfile.read(args.out / row["file"], dtype="float32")
         waveform = torch.from_numpy(samples) * row["peak"]
@@ -106,8 +107,8 @@ def judge(rows: list[Row], args: argparse.Namespace) -> None:
             print(f"{index + 1} of {len(rows)} judged", flush=True)
 
 
-def voice_encoder(source: str, split: str) -> Callable[[Tensor, int], str]:
-    """Waveform [S] to the voice whose reference clips it is nearest to, by Resemblyzer."""
+def voice_encoder(source: str) -> Callable[[Tensor, int], str]:
+    """Waveform [S] to the voice whose reference clips, of all splits, it is nearest to, by Resemblyzer."""
     from resemblyzer import VoiceEncoder
 
     encoder = VoiceEncoder("cpu", verbose=False)
@@ -115,12 +116,12 @@ def voice_encoder(source: str, split: str) -> Callable[[Tensor, int], str]:
     def embed(waveform: Tensor, rate_hz: int) -> np.ndarray:
         return encoder.embed_utterance(resample(waveform[None], rate_hz, 16_000)[0].numpy())
 
-    prompts = load_prompts(source, split=split)
     known: dict[str, dict[str, np.ndarray]] = {}
-    for row in range(len(prompts)):
-        batch, vectors = prompts.collate([prompts[row]]), known.setdefault(prompts[row]["voice"], {})
-        if batch.reference_texts[0] not in vectors:
-            vectors[batch.reference_texts[0]] = embed(batch.reference_audio[0], batch.sample_rate_hz)
+    for prompts in (load_prompts(source, split=split) for split in SPLITS):
+        for row in range(len(prompts)):
+            batch, vectors = prompts.collate([prompts[row]]), known.setdefault(prompts[row]["voice"], {})
+            if batch.reference_texts[0] not in vectors:
+                vectors[batch.reference_texts[0]] = embed(batch.reference_audio[0], batch.sample_rate_hz)
     centres = {voice: np.mean(list(vectors.values()), 0) for voice, vectors in known.items()}
 
     def nearest(waveform: Tensor, rate_hz: int) -> str:
@@ -173,6 +174,7 @@ def summary(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
         "WER, mean": over(lambda g: column(g, "wer").mean()),
         "best by recognizer: WER": over(lambda g: picked(g, "intelligibility", "wer")),
         "WER of the best by recognizer": over(lambda g: max(g, key=lambda row: row["intelligibility"])["wer"]),
+        "WER of the best of 8": over(lambda g: column(g[:8], "wer").min()),
         "WER of the best of 8 by recognizer": over(lambda g: max(g[:8], key=lambda row: row["intelligibility"])["wer"]),
         "recognizer and -WER, rank correlation": over(
             lambda g: partial_rank_correlation(column(g, "intelligibility"), -column(g, "wer"))
@@ -214,7 +216,7 @@ def main() -> None:
     parser.add_argument("--policy", default="tiny")
     parser.add_argument("--vocoder", default="tiny")
     parser.add_argument("--prompts_from", default="tiny", help="'tiny', or a folder of prompts")
-    parser.add_argument("--split", default="heldout", choices=["train", "tuning", "heldout"])
+    parser.add_argument("--split", default="heldout", choices=SPLITS)
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--rollouts", type=int, default=16)
     parser.add_argument("--contours", type=int, default=6, help="takes of a prompt whose pitch is tracked")

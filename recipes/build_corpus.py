@@ -46,6 +46,8 @@ from rlhf_mel.speech.text import load_lexicon
 SAMPLE_RATE_HZ = 24_000
 LEVEL_RMS = 0.1
 EDGE_SILENCE_S = 0.05
+OPUS = {"format": "OGG", "subtype": "OPUS", "compression_level": 0.885}
+"""About 37 kbit/s: five hours in 85 MB."""
 VOICES = ("joe", "slt", "rms")
 WORDS = (3, 16)
 TEMPO_STD = 0.11
@@ -203,7 +205,7 @@ def speak(job: tuple[str, list[tuple[str, str, Take]], Path, str]) -> list[dict]
     ):
         speech = clean(perform(speech, rate_hz, take), rate_hz)
         path = out / "audio" / f"{name}.{suffix}"
-        encoding = {"format": "OGG", "subtype": "OPUS"} if suffix == "ogg" else {}
+        encoding = OPUS if suffix == "ogg" else {}
         soundfile.write(path, speech, SAMPLE_RATE_HZ, **encoding)
         row = {"id": name, "file": f"audio/{path.name}", "text": text, "voice": voice}
         style = {key: value for key, value in asdict(take).items() if key != "seed"}

@@ -7,9 +7,9 @@ wrong with a word (null: nothing). The text stays what should have been said, an
 slip or not is the policy's choice, which a reward for words can change.
 
 Conditions (--clean_share of the clips have none, the others one or more of these, by SHARES):
-    room    convolved with exponentially decaying noise, RT60 0.15 to 0.6 s (Polack, La transmission de l'energie
-            sonore dans les salles, 1988), direct to reverberant energy 0 to 12 dB
-    noise   white, pink, brown, hum, or six other clips at once (babble), 8 to 30 dB below the speech
+    room    convolved with exponentially decaying noise, RT60 0.2 to 0.7 s (Polack, La transmission de l'energie
+            sonore dans les salles, 1988), direct to reverberant energy -3 to 9 dB
+    noise   white, pink, brown, hum, or six other clips at once (babble), 7 to 25 dB below the speech
     band    low pass at 2.5 to 6 kHz, or 300 to 3,400 Hz
     codec   mu-law at 8 kHz (ITU-T G.711), or MP3 at its lowest quality
     clip    the loudest 0.5 to 6 % of the samples cut off
@@ -45,9 +45,10 @@ from rlhf_mel.speech.text import UNIT_FRAMES, PhonemeTokenizer
 
 SAMPLE_RATE_HZ = 24_000
 UNIT_SAMPLES = UNIT_FRAMES * MelSpec().hop_length
-SHARES = {"room": 0.4, "noise": 0.6, "band": 0.06, "codec": 0.05, "clip": 0.05}
+SHARES = {"room": 0.35, "noise": 0.65, "band": 0.06, "codec": 0.05, "clip": 0.05}
 """Mostly what DistillMOS and DNSMOS both hear: DNSMOS does not mind narrow bands, codecs and clipping."""
-NOISES = {"white": 0.3, "pink": 0.4, "brown": 0.1, "hum": 0.1, "babble": 0.1}
+NOISES = {"white": 0.7, "pink": 0.15, "brown": 0.05, "hum": 0.05, "babble": 0.05}
+"""Mostly white: DistillMOS takes faint pink and brown noise for a better recording, DNSMOS does not."""
 LEVEL_STD_DB = 1.5
 FADE_S = 0.012
 
@@ -56,7 +57,7 @@ Labels = dict[str, Any]
 
 
 def room(speech: np.ndarray, rng: Rng, others: Callable[[], np.ndarray]) -> tuple[np.ndarray, Labels]:
-    rt60_s, direct_db = rng.uniform(0.15, 0.6), rng.uniform(0, 12)
+    rt60_s, direct_db = rng.uniform(0.2, 0.7), rng.uniform(-3, 9)
     n = np.arange(int(rt60_s * SAMPLE_RATE_HZ))
     tail = rng.standard_normal(len(n)) * 10 ** (-3 * n / len(n))
     tail[: int(0.004 * SAMPLE_RATE_HZ)] = 0
@@ -68,7 +69,7 @@ def room(speech: np.ndarray, rng: Rng, others: Callable[[], np.ndarray]) -> tupl
 
 
 def noise(speech: np.ndarray, rng: Rng, others: Callable[[], np.ndarray]) -> tuple[np.ndarray, Labels]:
-    snr_db, kind = rng.uniform(8, 30), str(rng.choice(list(NOISES), p=list(NOISES.values())))
+    snr_db, kind = rng.uniform(7, 25), str(rng.choice(list(NOISES), p=list(NOISES.values())))
     if kind == "babble":
         sound = sum(np.resize(np.roll(others(), rng.integers(10_000)), len(speech)) for _ in range(6))
     elif kind == "hum":

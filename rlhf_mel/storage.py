@@ -12,6 +12,29 @@ ASSETS = Path(__file__).parent / "assets"
 """The bundled models and prompts."""
 
 
+BUNDLES = ("tiny", "tiny-v0")
+"""Names of bundles of policy, vocoder and recognizer: what is in ASSETS, and what was there before."""
+
+
+def bundle(name: str | Path) -> Path | None:
+    """The folder of the bundle called `name`; None for another name.
+
+    Raises:
+        FileNotFoundError: the former bundle is not on this machine: it is not shipped.
+    """
+    if str(name) not in BUNDLES:
+        return None
+    if str(name) == "tiny":
+        return ASSETS
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_mel" / str(name)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{name!r}: expected the former bundled models in {folder}, found none; they are not shipped: in a clone "
+            "of the repository run `python recipes/former_bundle.py`"
+        )
+    return folder
+
+
 def download(repo: str, filename: str, *, remedy: str) -> Path:
     """One file of a hub repository, from the cache where it is there.
 

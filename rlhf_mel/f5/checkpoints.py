@@ -3,7 +3,7 @@
 A folder says what its weights are:
 
     policy.json          {"backbone": "DiT", "arch": {..}, "mel_spec": {..}, "tokenizer": "char", "vocab": "vocab.txt"},
-                         and "voices": ["joe", ..] where it speaks in these alone
+                         "voices": ["joe", ..] where it speaks in these alone, "durations" for the tokenizer "phoneme"
     policy.safetensors   weights under F5-TTS's names, `transformer.*`
     vocab.txt            a token a line, id = line number
 
@@ -39,12 +39,8 @@ from rlhf_mel.f5.presets import PUBLISHED, PublishedModel, download_model, find_
 from rlhf_mel.flow.lora import lora_layers
 from rlhf_mel.speech.audio import MelSpec
 from rlhf_mel.speech.f5_text import byte_vocab
-from rlhf_mel.speech.text import load_tokenizer, load_vocab
-from rlhf_mel.storage import ASSETS, download, write_tensors, write_whole
-
-BUNDLED = {"tiny": ASSETS}
-"""Name to folder."""
-
+from rlhf_mel.speech.text import PhonemeTokenizer, load_tokenizer, load_vocab
+from rlhf_mel.storage import BUNDLES, bundle, download, write_tensors, write_whole
 
 CONFIG, WEIGHTS, VOCAB = "policy.json", "policy.safetensors", "vocab.txt"
 
@@ -193,7 +189,7 @@ def _shapes(model: PublishedModel, state: Mapping[str, Tensor]) -> dict[str, tup
 
 
 def _build(config: Mapping[str, Any], state: Mapping[str, Tensor], *, source: str) -> CFM:
-    tokenizer = load_tokenizer(config["tokenizer"])
+    tokenizer = load_tokenizer(config["tokenizer"], config.get("durations"))
     vocab = byte_vocab() if config["vocab"] is None else load_vocab(config["vocab"])
     mel_spec = MelSpec(**config["mel_spec"])
     arch = {"text_num_embeds": len(vocab), "mel_dim": mel_spec.n_mels, **config["arch"]}
@@ -238,11 +234,14 @@ def require_text(policy: CFM, caller: str) -> None:
 
 def describe(policy: CFM) -> dict[str, Any]:
     """What the weights are: backbone, arch, mel_spec and tokenizer of policy.json."""
+    tokenizer = policy.tokenizer
+    durations = tokenizer.durations_card if isinstance(tokenizer, PhonemeTokenizer) and tokenizer.weights else None
     return {
         "backbone": type(policy.transformer).__name__,
         "arch": policy.transformer.arch,
         "mel_spec": asdict(policy.mel_spec),
-        "tokenizer": policy.tokenizer.name if policy.tokenizer else None,
+        "tokenizer": tokenizer.name if tokenizer else None,
+        **({"durations": durations} if durations else {}),
         **({"voices": list(policy.voices)} if policy.voices else {}),
     }
 
@@ -370,14 +369,14 @@ def merged_state(policy: nn.Module) -> dict[str, Tensor]:
 
 def _find(name: str) -> Path:
     """The folder of a policy: bundled, local, or a copy of the hub's."""
-    if name in BUNDLED:
-        return BUNDLED[name]
+    if folder := bundle(name):
+        return folder
     if Path(name).is_dir():
         return Path(name)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).suffix:
         return _download_folder(name)
     raise FileNotFoundError(
-        f"policy {name!r}: expected one of {[*BUNDLED, *PUBLISHED]}, a directory with {CONFIG}, a weight file, or"
+        f"policy {name!r}: expected one of {[*BUNDLES, *PUBLISHED]}, a directory with {CONFIG}, a weight file, or"
         " a hub id 'owner/name', found none of these"
     )
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from rlhf_mel.masked import lengths_to_mask
 from rlhf_mel.speech.audio import MelSpec
-from rlhf_mel.storage import ASSETS, write_tensors, write_whole
+from rlhf_mel.storage import bundle, write_tensors, write_whole
 
 ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"
 """Character k of it is class k + 1; class 0 is CTC's blank."""
@@ -246,8 +246,8 @@ def load_recognizer(name: str | Path = "tiny", *, device: torch.device | str | N
     """The recognizer "tiny" (bundled), or the one in a folder; frozen, float32, in eval mode."""
     from safetensors.torch import load_file
 
-    folder = ASSETS if str(name) == "tiny" else Path(name)
-    if str(name) != "tiny" and not folder.is_dir():
+    folder = bundle(name) or Path(name)
+    if not folder.is_dir():
         raise ValueError(f"unknown recognizer {str(name)!r}: expected 'tiny' or a folder with recognizer.json")
     for file_name in ("recognizer.json", "recognizer.safetensors"):
         if not (folder / file_name).is_file():

@@ -18,9 +18,9 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -157,6 +157,18 @@ class PhonemeTokenizer:
         self.weights, self.units_per_phoneme = weights, units_per_phoneme
         self.timing, self.seed = timing, seed
 
+    @classmethod
+    def from_durations(cls, card: Mapping[str, Any]) -> PhonemeTokenizer:
+        """With what `durations_card` gave, or recipes/align.py wrote."""
+        timing = Timing(**card["timing"]) if "timing" in card else None
+        return cls(card["weights"], card["units_per_phoneme"], timing)
+
+    @property
+    def durations_card(self) -> dict[str, Any]:
+        """Everything that decides how long phonemes last, as JSON takes it; see durations.json."""
+        timing = {"timing": asdict(self.timing)} if self.timing else {}
+        return {"units_per_phoneme": self.units_per_phoneme, **timing, "weights": self.weights}
+
     @property
     def draws_timing(self) -> bool:
         """Whether the tokenizer knows how takes differ."""
@@ -279,9 +291,7 @@ def spread(durations: Sequence[float], units: int) -> list[int]:
 
 
 def _bundled_phonemes() -> PhonemeTokenizer:
-    card = json.loads((ASSETS / "durations.json").read_text(encoding="utf-8"))
-    timing = Timing(**card["timing"]) if "timing" in card else None
-    return PhonemeTokenizer(card["weights"], card["units_per_phoneme"], timing)
+    return PhonemeTokenizer.from_durations(json.loads((ASSETS / "durations.json").read_text(encoding="utf-8")))
 
 
 TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
@@ -292,12 +302,14 @@ TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
 }
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of that name.
+def load_tokenizer(name: str, durations: Mapping[str, Any] | None = None) -> Tokenizer:
+    """The tokenizer of that name; `durations`: for "phoneme", those that a policy was trained with, not the bundled.
 
     Raises:
         ValueError: an unknown name.
     """
+    if name == "phoneme" and durations is not None:
+        return PhonemeTokenizer.from_durations(durations)
     if name not in TOKENIZERS:
         known = sorted(TOKENIZERS)
         raise ValueError(f"unknown tokenizer {name!r}: expected one of {known}{did_you_mean(name, known)}")

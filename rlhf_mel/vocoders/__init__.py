@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from rlhf_mel.lookup import did_you_mean, load_object
 from rlhf_mel.speech.audio import MelSpec, frames_to_samples
-from rlhf_mel.storage import ASSETS, download
+from rlhf_mel.storage import bundle, download
 
 
 @runtime_checkable
@@ -57,8 +57,8 @@ def load_vocoder(name: str | Path, *, device: torch.device | str | None = None) 
 
 
 def _find(name: str | Path) -> Any:
-    if str(name) == "tiny" or Path(name).is_dir():
-        folder = ASSETS if str(name) == "tiny" else Path(name)
+    folder = bundle(name) or Path(name)
+    if folder.is_dir():
         return _module(_kind_of_folder(folder)).load(folder)
     name = str(name)
     if ":" in name:

@@ -20,6 +20,7 @@ from rlhf_mel.f5.cfm import CFM
 from rlhf_mel.f5.checkpoints import load_policy, save_policy
 from rlhf_mel.flow.lora import add_lora
 from rlhf_mel.flow.policy import rollout
+from rlhf_mel.speech.text import TOKENS, PhonemeTokenizer, Timing
 
 
 def speech(policy: CFM) -> Tensor:
@@ -39,6 +40,18 @@ def test_a_saved_policy_speaks_as_before(saved: Path) -> None:
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert loaded.vocab_char_map == VOCABULARY and loaded.mel_spec == tiny_policy().mel_spec
     assert loaded.transformer.arch == tiny_policy().transformer.arch
+
+
+def test_a_policy_keeps_the_durations_that_it_was_trained_with(tmp_path: Path) -> None:
+    """Not those of the package it is loaded by: vowels of "no" here last three times as long as its consonant."""
+    vocabulary = {token: index for index, token in enumerate(TOKENS)}
+    tokenizer = PhonemeTokenizer({"N": 1.0, "OW1": 3.0, " ": 1.0, ".": 1.0}, 2.0, Timing(0.1, 0.2, -0.1))
+    backbone = DiT(**{**TINY, "text_num_embeds": len(vocabulary)})
+    save_policy(CFM(backbone, vocab_char_map=vocabulary, tokenizer=tokenizer), tmp_path)
+    loaded = load_policy(tmp_path).tokenizer
+    assert isinstance(loaded, PhonemeTokenizer)
+    assert loaded("no", 24) == [" "] * 2 + ["N"] * 2 + ["OW1"] * 6 + ["."] * 2
+    assert loaded.timing == tokenizer.timing and loaded.units_per_phoneme == 2.0
 
 
 def test_half_precision_on_disk_is_float32_in_memory(tmp_path: Path) -> None:
