@@ -21,9 +21,11 @@ half an hour. `--sample_only` and `--judge_only` part the two.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
+import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,11 +81,12 @@ def sample(args: argparse.Namespace) -> list[Row]:
 
 
 @torch.no_grad()
-def judge(rows: list[Row], args: argparse.Namespace) -> None:
-    """Add to each row what the rewards and the outside listeners say of it."""
+def judge(rows: list[Row], args: argparse.Namespace) -> list[Row]:
+    """The rows, each with what the rewards and the outside listeners say of it."""
+    torch.set_num_threads(1)
     rewards, prompts = Rewards(["mos", "intelligibility"]), load_prompts(args.prompts_from, split=args.split)
-    whisper, voice_of = load_whisper(args.whisper), voice_encoder(args.prompts_from)
-    for index, row in enumerate(rows):
+    whisper, voice_of = (load_whisper(args.whisper), voice_encoder(args.prompts_from)) if args.whisper else (None, None)
+    for row in rows:
         samples, rate_hz = soundfile.read(args.out / row["file"], dtype="float32")
         waveform = torch.from_numpy(samples) * row["peak"]
         length = torch.tensor([len(waveform)])
@@ -97,14 +100,25 @@ def judge(rows: list[Row], args: argparse.Namespace) -> None:
         row["duration_s"] = len(waveform) / rate_hz
         if row["steps"] == 1:
             continue
-        heard = letters(transcript(whisper, waveform, rate_hz)) or " "
-        row["heard"], row["wer"] = heard, float(jiwer.wer(letters(row["text"]), heard))
-        row["nearest_voice"] = voice_of(waveform, rate_hz)
+        if whisper is not None and voice_of is not None:
+            heard = letters(transcript(whisper, waveform, rate_hz)) or " "
+            row |= {"heard": heard, "wer": float(jiwer.wer(letters(row["text"]), heard))}
+            row["nearest_voice"] = voice_of(waveform, rate_hz)
         if row["take"] < args.contours:
             contour = pitch_contour(waveform, rate_hz)
             row["contour"] = [None if math.isnan(value) else round(value, 3) for value in contour]
-        if index % 50 == 49:
-            print(f"{index + 1} of {len(rows)} judged", flush=True)
+    return rows
+
+
+def judge_all(rows: Sequence[Row], args: argparse.Namespace) -> list[Row]:
+    """`judge` in as many processes as `--jobs` says, ten takes at a time."""
+    parts = [list(rows[start : start + 10]) for start in range(0, len(rows), 10)]
+    judged: list[Row] = []
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as workers:
+        for part in workers.imap(functools.partial(judge, args=args), parts):
+            judged += part
+            print(f"{len(judged)} of {len(rows)} judged", flush=True)
+    return judged
 
 
 def voice_encoder(source: str) -> Callable[[Tensor, int], str]:
@@ -156,6 +170,24 @@ def summary(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
     def gain_of_one_step(group: list[Row], name: str) -> float:
         return column(one_step[group[0]["prompt"]], name).mean() - column(group, name).mean()
 
+    words = (
+        {
+            "best by MOS: WER": over(lambda g: picked(g, "mos", "wer")),
+            "WER, mean": over(lambda g: column(g, "wer").mean()),
+            "best by recognizer: WER": over(lambda g: picked(g, "intelligibility", "wer")),
+            "WER of the best by recognizer": over(lambda g: max(g, key=lambda row: row["intelligibility"])["wer"]),
+            "WER of the best of 8": over(lambda g: column(g[:8], "wer").min()),
+            "WER of the best of 8 by recognizer": over(
+                lambda g: max(g[:8], key=lambda row: row["intelligibility"])["wer"]
+            ),
+            "recognizer and -WER, rank correlation": over(
+                lambda g: partial_rank_correlation(column(g, "intelligibility"), -column(g, "wer"))
+            ),
+            "own voice nearest (share)": over(lambda g: np.mean([row["nearest_voice"] == row["voice"] for row in g])),
+        }
+        if "wer" in groups[0][0]
+        else {}
+    )
     return {
         "MOS, mean": over(lambda g: column(g, "mos").mean()),
         "MOS, deviation within a prompt": over(lambda g: column(g, "mos").std(ddof=1)),
@@ -170,22 +202,13 @@ def summary(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
             )
         ),
         "best by MOS: DNSMOS": over(lambda g: picked(g, "mos", "dnsmos")),
-        "best by MOS: WER": over(lambda g: picked(g, "mos", "wer")),
-        "WER, mean": over(lambda g: column(g, "wer").mean()),
-        "best by recognizer: WER": over(lambda g: picked(g, "intelligibility", "wer")),
-        "WER of the best by recognizer": over(lambda g: max(g, key=lambda row: row["intelligibility"])["wer"]),
-        "WER of the best of 8": over(lambda g: column(g[:8], "wer").min()),
-        "WER of the best of 8 by recognizer": over(lambda g: max(g[:8], key=lambda row: row["intelligibility"])["wer"]),
-        "recognizer and -WER, rank correlation": over(
-            lambda g: partial_rank_correlation(column(g, "intelligibility"), -column(g, "wer"))
-        ),
         "pitch contours, median distance (semitones)": over(contour_distance),
         "duration, deviation (share)": over(
             lambda g: column(g, "duration_s").std(ddof=1) / column(g, "duration_s").mean()
         ),
         "one step: MOS": over(lambda g: gain_of_one_step(g, "mos")),
         "one step: DNSMOS": over(lambda g: gain_of_one_step(g, "dnsmos")),
-        "own voice nearest (share)": over(lambda g: np.mean([row["nearest_voice"] == row["voice"] for row in g])),
+        **words,
     }
 
 
@@ -212,7 +235,7 @@ def contour_distance(group: Sequence[Row]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--whisper", type=Path, help="Whisper model folder (CTranslate2)")
+    parser.add_argument("--whisper", type=Path, help="Whisper model folder (CTranslate2); without: no words, no voices")
     parser.add_argument("--policy", default="tiny")
     parser.add_argument("--vocoder", default="tiny")
     parser.add_argument("--prompts_from", default="tiny", help="'tiny', or a folder of prompts")
@@ -223,13 +246,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--cfg_strength", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="processes that judge")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--sample_only", action="store_true")
     only.add_argument("--judge_only", action="store_true")
     args = parser.parse_args()
-    if not args.sample_only and args.whisper is None:
-        parser.error("--whisper: expected the folder of a Whisper model, got none; or pass --sample_only")
     args.out.mkdir(parents=True, exist_ok=True)
     table = args.out / "takes.jsonl"
     if args.judge_only:
@@ -239,7 +261,7 @@ def main() -> None:
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if args.sample_only:
         return
-    judge(rows, args)
+    rows = judge_all(rows, args)
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, (mean, half) in summary(rows).items():
         print(f"{name:45} {mean:8.3f} +- {half:.3f}")

@@ -212,6 +212,7 @@ class Update:
         self.device = clips.mel.device
         self.pairs = torch.zeros(batch, 8, dtype=torch.long, device=self.device)
         self.loss = torch.zeros((), device=self.device)
+        self.skipped = torch.zeros((), dtype=torch.long, device=self.device)
         self.backward, self.apply = self._backward, self._apply
 
     def _backward(self) -> None:
@@ -227,7 +228,10 @@ class Update:
             self.gradients /= torch.distributed.get_world_size()
 
     def _apply(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.dit.parameters(), 1.0, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.dit.parameters(), 1.0, foreach=True)
+        self.skipped += ~norm.isfinite()
+        nothing = torch.zeros_like(self.gradients)
+        self.gradients.copy_(torch.where(norm.isfinite(), self.gradients, nothing))  # else one bad batch ends all
         self.optimizer.step()
 
     def capture(self, rng: np.random.Generator) -> None:
@@ -310,6 +314,7 @@ def main() -> None:
     clips = utterances(corpus, corpus.rows(held_out=False), aligned)
     dit = DiT(text_num_embeds=len(TOKENS), **ARCH).to(args.device).train()
     policy = CFM(dit, vocab_char_map=vocab, tokenizer=tokenizer)
+    policy.voices = tuple(corpus.voice_names)
     optimizer = adamw(dit.parameters(), args.learning_rate, (0.9, 0.98), weight_decay=0.01)
     average, steps = Average(dit, 0.9995), 0
     if args.resume:
@@ -342,7 +347,12 @@ def main() -> None:
         if rank == 0 and time.monotonic() - last > 10:
             losses = " ".join(f"{update.loss.item():.4f}" for update in updates)
             rate = (steps - logged) / (time.monotonic() - last)
-            print(f"{time.monotonic() - begin:7.1f} s  step {steps}  {rate:.1f} steps/s  loss {losses}", flush=True)
+            skipped = sum(int(update.skipped) for update in updates)
+            print(
+                f"{time.monotonic() - begin:7.1f} s  step {steps}  {rate:.1f} steps/s  loss {losses}"
+                f"  {skipped} without a finite gradient",
+                flush=True,
+            )
             last, logged = time.monotonic(), steps
     if rank == 0:
         save(args.out, policy, average, optimizer, steps)

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhf_mel.data.preferences import PreferenceDataset, load_preferences, write_preferences
     from rlhf_mel.data.prompts import PromptDataset, load_prompts
     from rlhf_mel.f5.backbones.dit import DiT
     from rlhf_mel.f5.backbones.mmdit import MMDiT
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from rlhf_mel.vocoders import load_vocoder
 
 _HOME = {
+    "data.preferences": ("PreferenceDataset", "load_preferences", "write_preferences"),
     "data.prompts": ("PromptDataset", "load_prompts"),
     "f5.backbones.dit": ("DiT",),
     "f5.backbones.mmdit": ("MMDiT",),
@@ -56,6 +58,7 @@ __all__ = [
     "DiT",
     "MMDiT",
     "MelSpec",
+    "PreferenceDataset",
     "PromptDataset",
     "Prompts",
     "RLHFConfig",
@@ -66,6 +69,7 @@ __all__ = [
     "UNetT",
     "load_audio",
     "load_policy",
+    "load_preferences",
     "load_prompts",
     "load_recognizer",
     "load_reward",
@@ -73,6 +77,7 @@ __all__ = [
     "log_mel",
     "rollout",
     "save_policy",
+    "write_preferences",
 ]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import reprlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -181,10 +182,10 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
             if isinstance(encoded, Mapping) and (encoded.get("bytes") or encoded.get("path")):
                 continue
             if not isinstance(row.get(column), str) or not row[column].strip():
-                return f"{column!r} must be a non-empty string, got {row.get(column)!r}"
+                return f"{column!r} must be a non-empty string, got {reprlib.repr(row.get(column))}"
         duration_s = row.get("duration_s")
         if duration_s is not None and not (isinstance(duration_s, int | float) and duration_s > 0):
-            return f"'duration_s' must be above 0 seconds, got {duration_s!r}"
+            return f"'duration_s' must be above 0 seconds, got {reprlib.repr(duration_s)}"
         source = self._source(row)
         if isinstance(source, str) and not Path(source).is_file():
             return f"reference audio not found: {source}"
@@ -198,7 +199,7 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def _problems(self, problem_of: Callable[[Mapping[str, Any]], str | None]) -> dict[int, str]:
         """What is wrong, by row."""
         return {
-            index: f"row {index} (id {row.get('id')!r}): {problem}"
+            index: f"row {index} (id {reprlib.repr(row.get('id'))}): {problem}"
             for index, row in enumerate(self.rows)
             if (problem := problem_of(row)) is not None
         }

@@ -210,7 +210,7 @@ def load_audio(
 def read_speech(source: str | Path | bytes, *, max_duration_s: float | None = None) -> tuple[Float[Tensor, " s"], int]:
     """As load_audio, at the file's own sample rate: the waveform and that rate in Hz."""
     name = "audio in memory" if isinstance(source, bytes) else str(source)
-    waveform, file_rate_hz = _read_mono(source, name)
+    waveform, file_rate_hz = read_mono(source, name)
     if waveform.numel() == 0:
         raise ValueError(f"{name}: expected sound, got an empty file; record it again")
     if not torch.isfinite(waveform).all():
@@ -231,7 +231,8 @@ def read_speech(source: str | Path | bytes, *, max_duration_s: float | None = No
     return waveform, file_rate_hz
 
 
-def _read_mono(source: str | Path | bytes, name: str) -> tuple[Tensor, int]:
+def read_mono(source: str | Path | bytes, name: str) -> tuple[Tensor, int]:
+    """Samples in float32, mono (mean of channels), and the sample rate in Hz; no check of level or length."""
     import soundfile  # not needed by training on tensors, and it loads a C library
 
     if not isinstance(source, bytes) and not Path(source).is_file():

@@ -149,7 +149,7 @@ def test_another_vocabulary_is_named(saved: Path) -> None:
 
 def test_unknown_names_are_named(tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"policy 'huge': expected one of \['tiny', 'F5TTS_v1_Base', .*a directory"
+        FileNotFoundError, match=r"policy 'huge': expected one of \['tiny', 'tiny-v0', 'F5TTS_v1_Base', .*a directory"
     ):
         load_policy("huge")
     with pytest.raises(FileNotFoundError, match=r"policy\.json: expected what the weights are"):
