@@ -6,7 +6,7 @@
     accelerate launch --multi_gpu --num_processes 2 recipes/drlx.py              data parallel, on GPUs or (gloo) CPUs
 
 Without --config the file is recipes/configs/demo.yaml: DRaFT-1 with LoRA on the bundled 12 M parameter policy towards
-DistillMOS, minutes on two CPU cores; docs/demo.md says what it reaches, over seeds and processors.
+DistillMOS and clear words, minutes on two CPU cores; docs/demo.md says what it reaches.
 """
 
 from __future__ import annotations

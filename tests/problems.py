@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from rlhf_mel.f5.backbones.mmdit import MMDiT
 from rlhf_mel.f5.backbones.unett import UNetT
 from rlhf_mel.f5.cfm import CFM
 from rlhf_mel.speech.text import load_tokenizer
+from rlhf_mel.storage import ASSETS
 from rlhf_mel.types import Audio, Prompts
 
 
@@ -102,6 +104,11 @@ V0: Mapping[str, Any] = dict(text_mask_padding=False, pe_attn_head=1)
 
 MEL: Mapping[str, Any] = dict(n_mel_channels=8, n_fft=256, hop_length=64, win_length=256)
 VOCABULARY: Mapping[str, int] = {token: index for index, token in enumerate(" abcdefghijklmnopqr.")}
+
+
+def reference_of(voice: str) -> Path:
+    """One of the bundled reference clips of a voice."""
+    return min((ASSETS / "prompts/references").glob(f"{voice}_*.flac"))
 
 
 def reinitialise(module: nn.Module, seed: int = 0) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import soundfile
 import torch
-from problems import tiny_policy
+from problems import reference_of, tiny_policy
 
 from rlhf_mel import cli
 from rlhf_mel.data.prompts import load_prompts
@@ -18,11 +18,9 @@ from rlhf_mel.flow.noise import item_generator
 from rlhf_mel.flow.policy import rollout
 from rlhf_mel.pipeline import vocode
 from rlhf_mel.speech.audio import MelSpec
-from rlhf_mel.storage import ASSETS
 from rlhf_mel.vocoders import load_vocoder
 
-CLIPS = ASSETS / "prompts/references"
-ONE = ["--text", "good morning", "--reference", str(CLIPS / "slt_00608.flac"), "--reference_text", "Hello there."]
+ONE = ["--text", "good morning", "--reference", str(reference_of("slt")), "--reference_text", "Hello there."]
 
 
 def sample(*arguments: str) -> int:
@@ -46,7 +44,7 @@ def test_one_text_is_what_the_policy_says(tmp_path: Path) -> None:
 
 def test_a_list_is_spoken_in_order_whatever_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
-        {"id": f"n{n}", "text": text, "reference_audio": str(CLIPS / "joe_00108.flac"), "reference_text": "Hello."}
+        {"id": f"n{n}", "text": text, "reference_audio": str(reference_of("joe")), "reference_text": "Hello."}
         | {"duration_s": 0.2 + 0.1 * (n % 2)}
         for n, text in enumerate(("one", "two", "three"))
     ]
@@ -66,7 +64,7 @@ def test_a_list_is_spoken_in_order_whatever_the_batch(tmp_path: Path, capsys: py
 
 
 def test_rows_without_names_of_their_own_are_numbered(tmp_path: Path) -> None:
-    row = {"reference_audio": str(CLIPS / "joe_00108.flac"), "reference_text": "Hello."}
+    row = {"reference_audio": str(reference_of("joe")), "reference_text": "Hello."}
     for ids, names in ((("a", "a"), ["00000.wav", "00001.wav"]), (("a", "../b"), ["00000.wav", "00001.wav"])):
         lines = [json.dumps({**row, "id": name, "text": "one"}) for name in ids]
         (tmp_path / "p.jsonl").write_text("\n".join(lines))

@@ -15,17 +15,17 @@ import soundfile
 import tiny_matcha
 import torch
 from peft import LoraConfig
+from problems import reference_of
 from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_mel import RLHFConfig, RLHFTrainer, cli, policies
 from rlhf_mel.adapters.matcha import MatchaPolicy
 from rlhf_mel.flow.policy import Policy, PolicyWrapper, rollout
-from rlhf_mel.storage import ASSETS
 from rlhf_mel.types import Audio, Prompts
 
 PAGE = Path(__file__).parents[1] / "docs/foreign_flows.md"
-CLIP = ASSETS / "prompts/references/joe_00108.flac"
+CLIP = reference_of("joe")
 
 
 @pytest.fixture(autouse=True)

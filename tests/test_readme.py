@@ -35,7 +35,7 @@ def test_every_block_is_python() -> None:
 def test_training_and_sampling_run(tmp_path: Path) -> None:
     training = block("RLHFTrainer(")
     for said, here in (
-        ("max_steps=11", "max_steps=1, num_eval_prompts=1, per_device_train_batch_size=1, use_cpu=True"),
+        ("max_steps=12", "max_steps=1, num_eval_prompts=1, per_device_train_batch_size=1, use_cpu=True"),
         ('"runs/mine"', repr(str(tmp_path / "mine"))),
     ):
         assert training.count(said) == 1

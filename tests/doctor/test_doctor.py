@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from problems import tiny_policy, tiny_prompts
+from problems import reference_of, tiny_policy, tiny_prompts
 from torch import Tensor, nn
 
 from rlhf_mel import cli
@@ -36,7 +36,6 @@ from rlhf_mel.flow.lora import add_lora
 from rlhf_mel.flow.reference import ReferencePolicy
 from rlhf_mel.pipeline import Pipeline, Sampling
 from rlhf_mel.rewards.combine import Rewards
-from rlhf_mel.storage import ASSETS
 from rlhf_mel.training.first_batch import check_first_batch
 from rlhf_mel.types import Audio, Prompts
 
@@ -581,7 +580,7 @@ class Same(Loud):
 
 
 def run(folder: Path, reward: str, *options: str) -> int:
-    clip = str(ASSETS / "prompts/references/joe_00108.flac")
+    clip = str(reference_of("joe"))
     row = {"text": "one", "reference_audio": clip, "reference_text": "Hello.", "duration_s": 0.2}
     (folder / "p.jsonl").write_text(json.dumps(row) + "\n")
     (folder / "my.yaml").write_text(f"reward_models: ['test_doctor:{reward}']\nmax_steps: 7\nsampling_steps: 9\n")

@@ -23,9 +23,9 @@ def test_no_arguments_is_the_bundled_demo() -> None:
     assert lora_config(model_config) is None
 
 
-def test_the_demo_is_bundled_lora_towards_mos() -> None:
+def test_the_demo_is_bundled_lora_towards_mos_and_words() -> None:
     config, model_config = parse_arguments(["--config", str(RECIPES / "configs/demo.yaml")])
-    assert (config.policy, config.reward_models, config.algorithm) == ("tiny", ["mos"], "draft")
+    assert (config.policy, config.reward_models, config.algorithm) == ("tiny", ["mos", "intelligibility"], "draft")
     peft_config = lora_config(model_config)
     assert peft_config is not None and (peft_config.r, peft_config.lora_alpha) == (16, 32)
 
