@@ -189,7 +189,7 @@ def _dnsmos_model() -> Any:
         def __init__(self) -> None:
             model = Path(package.__file__).parent / "dnsmos_models/sig_bak_ovr.onnx"
             options = SessionOptions()
-            options.enable_cpu_mem_arena = False  # it would keep the memory of the largest batch, 0.8 GB for eight clips
+            options.enable_cpu_mem_arena = False  # would keep the largest batch: 0.8 GB for eight clips
             self.onnx_sess = InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
     return Primary()
