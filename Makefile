@@ -12,7 +12,7 @@ TYPED_TESTS ?= tests/flow tests/f5 tests/speech tests/rewards tests/data -k "not
 isa.avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 isa.default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 
-.PHONY: demo test pytest typed portable lint docs clean
+.PHONY: demo test pytest typed portable browser lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/drlx.py
@@ -26,6 +26,9 @@ pytest: $(VENV)/.installed-dev
 # Shapes and types of every annotated function, checked as it is called.
 typed: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --typecheck $(TYPED_TESTS)
+
+browser: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m browser tests/annotate
 
 portable: $(PORTABLE:%=portable-%)
 

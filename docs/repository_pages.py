@@ -7,7 +7,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "rlhf_mel/assets/README.md", "docs/*.md")
-LINKED = ("docs/comparison/*.png", "docs/comparison/*.jsonl")
+LINKED = ("docs/comparison/*.png", "docs/comparison/*.jsonl", "docs/images/*.png")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

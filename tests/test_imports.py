@@ -17,7 +17,7 @@ FLOORS: Sequence[set[str]] = (
     {"f5", "adapters", "vocoders", "rewards", "data"},
     {"pipeline", "policies"},
     {"algorithms", "samplers", "evaluation"},
-    {"training"},
+    {"training", "annotate"},
     {"doctor"},
     {"cli"},
 )

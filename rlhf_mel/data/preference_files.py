@@ -73,7 +73,7 @@ def write_preferences(
         count += len(shard)
     if not count:
         raise ValueError(f"{folder}: expected pairs to write, got none")
-    card = _card(columns, count, split, licence, about)
+    card = _card(columns, count, licence, about)
     write_whole(folder / "README.md", lambda file: file.write_text(card, encoding="utf-8"))
     return folder
 
@@ -136,10 +136,11 @@ def _shard_table(rows: list[dict[str, Any]], kinds: Mapping[str, str]) -> Datase
     return table
 
 
-def _card(columns: Mapping[str, str], count: int, split: str, licence: str | None, about: str) -> str:
+def _card(columns: Mapping[str, str], count: int, licence: str | None, about: str) -> str:
     lines = [f"license: {licence}"] if licence else []
-    lines += ["task_categories:", "- text-to-speech", "tags:", "- preference", "- dpo", "configs:"]
-    lines += ["- config_name: default", "  data_files:", f"  - split: {split}", f"    path: data/{split}-*"]
+    lines += ["task_categories:", "- text-to-speech", "tags:", "- preference", "- dpo"]
+    # No `configs`: of a local folder with them `datasets` 5 caches by the folder's last name alone, so that two folders
+    # of that name are one. data/SPLIT-* is found without.
     table = "\n".join(f"| `{name}` | {kind} |" for name, kind in columns.items())
     return (
         "---\n" + "\n".join(lines) + "\n---\n# Preferences\n"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_mel.data.prompt_files import read_rows
+from rlhf_mel.data.prompt_files import cache_of_folder, read_rows
 
 LISTS = (".jsonl", ".csv", ".tsv")
 
@@ -108,8 +108,9 @@ def _open_loadable(name: str, split: str, config: str | None, revision: str | No
 
     file = Path(name).expanduser()
     where: dict[str, Any] = {"path": name, "name": config, "revision": revision}
+    where["cache_dir"] = cache_of_folder(name)
     if file.is_file():
-        where = {"path": file.suffix.lstrip("."), "data_files": {split: str(file)}}
+        where = {"path": file.suffix.lstrip("."), "data_files": {split: str(file)}, "cache_dir": None}
     try:
         builder = load_dataset_builder(**where)
         peeked = load_dataset(**where, split=split, streaming=True)

@@ -14,6 +14,7 @@ Paths start from the file's folder. A column under another name is renamed by `c
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,23 @@ def from_datasets(dataset: Dataset, columns: Mapping[str, str], keep: Sequence[s
     return dataset.rename_columns({theirs: ours for ours, theirs in wanted.items() if theirs != ours})
 
 
+def cache_of_folder(source: str) -> str | None:
+    """Where `datasets` should cache a local folder, as it is now; None: no local folder, its usual place.
+
+    `datasets` 5 knows a folder whose card has `configs` by the folder's last name alone: of two folders of one name, or
+    one written anew, it would give the rows that it read first.
+    """
+    import datasets
+
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return None
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    state = [(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+    digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "folders" / digest)
+
+
 def load_hub_rows(source: str, *, split: str, config: str | None = None) -> Dataset:
     """A split of a `datasets` source: a hub id, a local folder (audiofolder, parquet ...) or a builder's name.
 
@@ -76,7 +94,7 @@ def load_hub_rows(source: str, *, split: str, config: str | None = None) -> Data
     from datasets import load_dataset
 
     try:
-        return load_dataset(source, config, split=split)
+        return load_dataset(source, config, split=split, cache_dir=cache_of_folder(source))
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(

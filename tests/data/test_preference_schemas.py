@@ -194,6 +194,19 @@ def test_votes_joined_to_clips(way: str, tmp_path: Path) -> None:
     assert loaded.counts == {"merged into an earlier row": 2, "of clips that are not in the table": 1}
 
 
+def test_two_folders_of_one_name_are_two(tmp_path: Path) -> None:
+    """`datasets` 5.2 alone gives the rows of the first for both, and for one that was written anew."""
+    card = "---\nconfigs:\n- config_name: default\n  data_files: '*.parquet'\n---\n"
+    for place, text in (("first", "One."), ("second", "Two."), ("first", "Three.")):
+        folder = tmp_path / place / "pairs"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(card)
+        row = {"prompt": text, "chosen": sets.clip(0), "rejected": sets.clip(1)}
+        features = {"prompt": sets.TEXT, "chosen": "audio", "rejected": "audio"}
+        sets.table([row], features).to_parquet(folder / "train.parquet")
+        assert [row["prompt"] for row in load_preferences(folder)] == [text]
+
+
 def test_votes_joined_by_the_ids_of_clips() -> None:
     clips = [{"sample": f"c{number}", "sound": sets.clip(number), "text": "Hello."} for number in range(2)]
     votes = [{"left": "c0", "right": "c1", "better": "c1"}, {"left": "c1", "right": "c0", "better": "c1"}]
