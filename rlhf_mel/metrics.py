@@ -14,6 +14,10 @@ Metrics = dict[str, Tensor]
 """Name to a scalar or to [b], one value a rollout (bool: counted, else averaged); `pool` makes the logged numbers."""
 
 
+OF_PREFERENCES = frozenset({"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"})
+"""Implicit rewards (algorithms/families/pairs.py), which TRL's DPOTrainer logs as plain means."""
+
+
 def score_metrics(scores: Scores, group_ids: Int[Tensor, " b"] | None) -> Metrics:
     """`reward`, `rewards/NAME` and, where groups have two or more members, `frac_reward_zero_std`."""
     metrics = {"reward": scores.total.detach()}
@@ -33,7 +37,7 @@ def pool(batches: Sequence[Mapping[str, Sequence[float | bool]]]) -> dict[str, f
     """The numbers to log of the metrics of several batches and processes, in TRL's names.
 
     Rollouts count alike whatever batch they came in. `reward` and `rewards/NAME` get a mean and a standard
-    deviation (n - 1) over the finite values, flags are counted, everything else is averaged.
+    deviation (n - 1) over the finite values, flags are counted, everything else (`OF_PREFERENCES` too) is averaged.
     """
     logged: dict[str, float] = {}
     for name in dict.fromkeys(name for batch in batches for name in batch):
@@ -46,7 +50,7 @@ def pool(batches: Sequence[Mapping[str, Sequence[float | bool]]]) -> dict[str, f
         std = finite.std().item() if len(finite) > 1 else 0.0
         if name == "reward":
             logged |= {"reward": mean, "reward_std": std}
-        elif name.startswith("rewards/"):
+        elif name.startswith("rewards/") and name not in OF_PREFERENCES:
             logged |= {f"{name}/mean": mean, f"{name}/std": std}
         else:
             logged[name] = mean

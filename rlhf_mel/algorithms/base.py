@@ -4,6 +4,8 @@
 
     collected = collect(prompts)    once, without gradients;    loss(collected)    for each of num_iterations updates
 
+One that `learns_from_pairs` has batches of a preference data set in the place of prompts: `collect_pairs(pairs)`.
+
 `Pipeline` is that path, the same for every algorithm. An algorithm declares what it needs of it (`reward_gradient`)
 and what others may look at (`clip`, `step_noise`, `trajectories`), and checks the path once, before the first update.
 
@@ -32,6 +34,7 @@ from torch import Tensor
 from typing_extensions import override
 
 import rlhf_mel.algorithms
+from rlhf_mel.data.preferences import PairBatch, PreferenceDataset
 from rlhf_mel.flow.ema import LaggedPolicy
 from rlhf_mel.flow.sde import SDE
 from rlhf_mel.flow.sde_rollout import Trajectory
@@ -73,6 +76,8 @@ class Algorithm(Protocol):
     """Whether it compares rollouts of one prompt with each other: num_generations must be at least 2."""
     default_beta: float
     """`beta` of a run that names none."""
+    learns_from_pairs: bool
+    """Whether its batches are pairs of clips that someone compared, and not prompts."""
 
     @property
     def clip(self) -> Clip | None:
@@ -88,8 +93,16 @@ class Algorithm(Protocol):
         """Raise a ValueError if the pipeline lacks something that the loss needs."""
         ...
 
+    def check_pairs(self, preferences: PreferenceDataset) -> None:
+        """Raise a ValueError if the data set lacks something that the loss needs."""
+        ...
+
     def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> Any:
         """What `loss` learns from, made without gradients and kept for `num_iterations` updates."""
+        ...
+
+    def collect_pairs(self, pipeline: Pipeline, pairs: PairBatch, generator: torch.Generator) -> Any:
+        """The same of a batch of preferences, where it `learns_from_pairs`."""
         ...
 
     def loss(self, pipeline: Pipeline, collected: Any, generator: torch.Generator) -> tuple[Float[Tensor, ""], Metrics]:
@@ -118,6 +131,7 @@ class AlgorithmBase:
     reward_gradient = False
     needs_groups = False
     default_beta = 1.0
+    learns_from_pairs = False
 
     def __init__(self, config: Any = None, *, beta: float = 0.0) -> None:
         self.config = self.Config() if config is None else config
@@ -138,9 +152,16 @@ class AlgorithmBase:
         if self.reward_gradient:
             require_reward_gradient(self.name, pipeline)
 
+    def check_pairs(self, preferences: PreferenceDataset) -> None:
+        """Nothing is asked of them."""
+
     def collect(self, pipeline: Pipeline, prompts: Prompts, generator: torch.Generator) -> Any:
         """The prompts as they are."""
         return prompts
+
+    def collect_pairs(self, pipeline: Pipeline, pairs: PairBatch, generator: torch.Generator) -> Any:
+        """Where an algorithm `learns_from_pairs`, it has a method of its own."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a method collect_pairs, got none")
 
     def loss(self, pipeline: Pipeline, collected: Any, generator: torch.Generator) -> tuple[Float[Tensor, ""], Metrics]:
         """The loss of one batch, and what to log of it."""

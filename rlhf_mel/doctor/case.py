@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_mel.algorithms.base import Algorithm
+from rlhf_mel.algorithms.families.pairs import select_pairs
 from rlhf_mel.algorithms.families.pathwise import pathwise_scores
+from rlhf_mel.data.preferences import PairBatch
 from rlhf_mel.doctor.memory import PeakMemory
 from rlhf_mel.flow.noise import seeded
 from rlhf_mel.flow.ode import STEPWISE_METHODS
@@ -75,6 +77,12 @@ class Case:
     seed: int = 0
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext
     """The autocast that rollouts and losses run in."""
+    pairs: PairBatch | None = None
+    """The micro-batch of a run on pairs of a data set; `prompts` are then what these answer."""
+
+    def batch(self, rows: Sequence[int]) -> Prompts | PairBatch:
+        """What the algorithm collects from, these rows of it."""
+        return self.prompts.select(rows) if self.pairs is None else select_pairs(self.pairs, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +144,15 @@ class Examination:
     @cached_property
     def small(self) -> Update:
         """An update on `small_rows`, the second of two: the first loads and warms up."""
-        prompts = self.case.prompts.select(self.small_rows)
-        run_update(self.case, prompts)
-        return run_update(self.case, prompts)
+        batch = self.case.batch(self.small_rows)
+        run_update(self.case, batch)
+        return run_update(self.case, batch)
 
     @cached_property
     def _attempt(self) -> Update | Exception:
         try:
             _ = self.small
-            return run_update(self.case, self.case.prompts)
+            return run_update(self.case, self.case.prompts if self.case.pairs is None else self.case.pairs)
         except Exception as error:  # each check that needs it says so; it is not tried again
             return error
 
@@ -175,15 +183,18 @@ class Examination:
         return self.ode_rewards if logged is None or len(logged) != len(self.case.prompts) else logged.detach()
 
 
-def run_update(case: Case, prompts: Prompts) -> Update:
+def run_update(case: Case, batch: Prompts | PairBatch) -> Update:
     """Collect, loss and gradient of the trainable weights, all as in the trainer; nothing is changed by it."""
     policy = case.pipeline.policy
     algorithm = copy.deepcopy(case.algorithm, {id(policy): policy})
-    weights, device = trainable(policy), prompts.reference_audio.device
+    weights, device = trainable(policy), case.prompts.reference_audio.device
     with PeakMemory(device) as memory:
         started = _now(device)
         with torch.no_grad(), case.precision():
-            collected = algorithm.collect(case.pipeline, prompts, seeded(case.seed))
+            if isinstance(batch, PairBatch):
+                collected = algorithm.collect_pairs(case.pipeline, batch, seeded(case.seed))
+            else:
+                collected = algorithm.collect(case.pipeline, batch, seeded(case.seed))
         collected_at = _now(device)
         with torch.enable_grad(), case.precision():
             loss, metrics = algorithm.loss(case.pipeline, collected, seeded(case.seed))

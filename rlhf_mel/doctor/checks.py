@@ -14,6 +14,8 @@
 
 `deviation` is the root mean square difference of an item's mel over the standard deviation of that mel, of the worst
 item. Items of one total duration are solved together (policy.rollout), so `batch = single` gives its items one.
+Of a run on pairs of a data set the update, its gradient and its cost are those of the pairs; policy and rewards, which
+its evaluations need, are examined on the prompts of these; rewards need not differ, and `reward spread` is skipped.
 All checks share one real update on the run's first micro-batch: collect, loss and backward, without the optimizer.
 Weights, their `.grad`, the algorithm's state and the global generators are left as they were.
 """
@@ -34,6 +36,7 @@ import numpy as np
 import torch
 from peft import LoraConfig
 
+from rlhf_mel.data.preferences import PairBatch
 from rlhf_mel.doctor.case import Case, Examination, Finding, Plan
 from rlhf_mel.doctor.cost import check_cost
 from rlhf_mel.doctor.gradient import check_gradient
@@ -94,14 +97,16 @@ def case_of(trainer: RLHFTrainer) -> Case:
     """The trainer's first micro-batch and its plan."""
     args = trainer.args
     loader = trainer.get_train_dataloader()
-    prompts = next(iter(loader))["prompts"].to(args.device)
+    (batch,) = next(iter(loader)).values()
+    pairs = batch.to(args.device) if isinstance(batch, PairBatch) else None
     a_epoch = max(len(loader) // args.gradient_accumulation_steps, 1)
     updates = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * a_epoch)
     update_loss: Any = trainer.model
     return Case(
         algorithm=update_loss.algorithm,
         pipeline=trainer.pipeline,
-        prompts=prompts,
+        prompts=batch.to(args.device) if pairs is None else pairs.prompts,
+        pairs=pairs,
         plan=Plan(updates=updates, micro_batches=args.gradient_accumulation_steps, iterations=args.num_iterations),
         seed=args.seed,
         precision=trainer.accelerator.autocast,

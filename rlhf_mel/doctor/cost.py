@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from rlhf_mel.algorithms.families.pairs import clip_prompts
 from rlhf_mel.doctor.case import Case, Examination, Finding, Status, trainable
 from rlhf_mel.doctor.memory import MIB, free_bytes
 
@@ -80,6 +81,7 @@ def _fitting_batch(exam: Examination, numbers: Mapping[str, float]) -> str:
 
 
 def frames_ratio(case: Case, rows: Sequence[int]) -> float:
-    """Total mel frames of the batch over those of `rows`."""
-    frames = case.pipeline.policy.durations(case.prompts)
+    """Total mel frames of the batch over those of `rows`; of pairs, those of both clips."""
+    asked = case.prompts if case.pairs is None else clip_prompts(case.pairs)
+    frames = case.pipeline.policy.durations(asked).view(-1, len(case.prompts)).sum(0)
     return float(frames.sum() / frames[list(rows)].sum())

@@ -63,6 +63,8 @@ def _judge_gradient(exam: Examination, numbers: Mapping[str, float]) -> tuple[St
 
 def _where_it_breaks(exam: Examination) -> str:
     """Which part of policy -> mel -> sound -> reward the fault lies in."""
+    if exam.case.pairs is not None:
+        return "look for detach or no_grad in encode and velocity, and for soft labels of 0.5 or weights of 0"
     if not exam.case.algorithm.reward_gradient:
         flat = all_equal(exam.rewards[exam.rewards.isfinite()])
         return "all rewards are equal" if flat else "look for detach or no_grad in encode and velocity"

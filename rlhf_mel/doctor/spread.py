@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import torch
 
 from rlhf_mel.algorithms.base import Algorithm
-from rlhf_mel.doctor.case import Examination, Finding, Status, mean_of, std_of
+from rlhf_mel.doctor.case import Examination, Finding, Status, mean_of, skipped, std_of
 from rlhf_mel.doctor.noise import deviations
 from rlhf_mel.flow.noise import item_generators, of_rows, seeded
 from rlhf_mel.flow.policy import rollout, with_durations
@@ -19,7 +19,10 @@ from rlhf_mel.types import Rollout
 
 def check_reward_spread(exam: Examination) -> Finding:
     """Rollouts that are compared need rewards that differ, within their group or, alone in it, in the batch."""
-    algorithm, rewards = exam.case.algorithm, exam.rewards.float().cpu()
+    algorithm = exam.case.algorithm
+    if exam.case.pairs is not None:
+        return skipped("reward spread", f"{algorithm.name} learns from pairs; rewards are heard in evaluations only")
+    rewards = exam.rewards.float().cpu()
     ids = torch.arange(len(rewards)) if exam.case.prompts.group_ids is None else exam.case.prompts.group_ids.cpu()
     groups = [rewards[(ids == group) & rewards.isfinite()] for group in torch.unique(ids)]
     smallest = min(int((ids == group).sum()) for group in torch.unique(ids))

@@ -11,10 +11,14 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from rlhf_mel.algorithms.base import Algorithm
+from rlhf_mel.algorithms.families.pairs import clip_prompts
+from rlhf_mel.data.preferences import PreferenceDataset, load_preferences
 from rlhf_mel.data.prompts import PromptDataset, PromptOptions, load_dataset_prompts, load_prompts
 from rlhf_mel.flow.lora import add_lora
 from rlhf_mel.flow.reference import ReferencePolicy
 from rlhf_mel.pipeline import Pipeline, Sampling
+from rlhf_mel.progress import progress
 from rlhf_mel.rewards.base import RewardSpec
 from rlhf_mel.rewards.combine import Rewards
 from rlhf_mel.speech.recognizer import Recognizer, load_recognizer
@@ -129,6 +133,69 @@ def as_prompts(
     if policy.tokenizer is not None:
         prompts.check_texts(policy.tokenizer)
     return prompts
+
+
+def training_data(given: Any, args: RLHFConfig, policy: Any, algorithm: Algorithm) -> PromptDataset | PreferenceDataset:
+    """What the algorithm learns from: prompts, or where it learns from pairs the preferences given or named.
+
+    Raises:
+        ValueError: it is the other of the two, or some rows cannot be used.
+    """
+    if isinstance(given, PreferenceDataset if not algorithm.learns_from_pairs else PromptDataset):
+        wanted = "preferences" if algorithm.learns_from_pairs else "prompts"
+        raise ValueError(
+            f"train_dataset: expected {wanted}, which algorithm {args.algorithm!r} learns from with these options, got "
+            f"a {type(given).__name__}; give the other, or choose another algorithm"
+        )
+    if not algorithm.learns_from_pairs:
+        return as_prompts(given, args, policy, held_out=False)
+    preferences = as_preferences(given, args, policy)
+    algorithm.check_pairs(preferences)
+    check_clips(preferences, policy, "reading pairs" if args.should_save else None)
+    return preferences
+
+
+def as_preferences(given: Any, args: RLHFConfig, policy: Any) -> PreferenceDataset:
+    """The pairs of clips."""
+    preferences = args.train_preferences if given is None else given
+    if isinstance(preferences, PreferenceDataset):
+        return preferences
+    if preferences is None:
+        raise ValueError(
+            f"algorithm {args.algorithm!r} learns from pairs of clips: expected train_preferences, got none; name a "
+            "data set, or have the policy's own rollouts ranked by the rewards: --algorithm_kwargs '{\"online\": true}'"
+        )
+    options: Any = {"split": args.dataset_train_split, "mel_spec": policy.mel_spec, **args.preference_options}
+    loaded: Any = load_preferences(preferences, **options)
+    if not isinstance(loaded, PreferenceDataset):
+        raise ValueError("preference_kwargs: expected pairs that can be shuffled, got streaming; remove it")
+    return loaded
+
+
+def check_clips(preferences: PreferenceDataset, policy: Any, shown_as: str | None = None) -> None:
+    """Raise unless the policy could have said every clip: its mels, its texts, its references, and its lengths.
+
+    Every pair is read once, about 20 ms each, so that a bad one stops the run at its start.
+    """
+    if preferences.mel_spec != policy.mel_spec:
+        raise ValueError(
+            f"{preferences.name}: expected clips as mels of the policy, {policy.mel_spec}, got {preferences.mel_spec}; "
+            "load them with its mel_spec"
+        )
+    problems = []
+    for number in progress(range(len(preferences)), shown_as):
+        row = preferences[number]
+        try:
+            policy.durations(clip_prompts(preferences.collate([row])))
+        except ValueError as error:
+            lacking = "no reference_audio: " if row.get("reference_audio") is None else ""
+            problems.append(f"row {number} (id {row.get('id')!r}): {lacking}{error}")
+    if problems:
+        listed = "\n  ".join(problems[:10]) + ("\n  ..." if len(problems) > 10 else "")
+        raise ValueError(
+            f"{len(problems)} of {len(preferences)} pairs of {preferences.name} do not suit the policy; remove them, "
+            f"or take another policy:\n  {listed}"
+        )
 
 
 def heldout_prompts(given: PromptDataset | str | Path | None, args: RLHFConfig, policy: Any) -> PromptDataset | None:

@@ -20,6 +20,9 @@ from rlhf_mel.progress import remaining
 from rlhf_mel.training.run_folder import json_ready, metrics_line
 from rlhf_mel.training.update import UpdateLoss
 
+OF_PREFERENCES = ("rewards/accuracies", "rewards/margins", "chosen_error")
+"""What one watches where preferences are learnt from."""
+
 
 class StepClock(TrainerCallback):
     """Seconds an update, checkpoints and evaluations between updates left out."""
@@ -128,9 +131,9 @@ class Console(ProgressCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero or not logs or "reward" not in logs:
+        if not state.is_world_process_zero or not logs or not {"reward", *OF_PREFERENCES} & logs.keys():
             return
-        watched = ("reward", "anchor", "kl", "loss", "grad_norm", "step_time", "dropped_rollouts")
+        watched = ("reward", *OF_PREFERENCES, "anchor", "kl", "loss", "grad_norm", "step_time", "dropped_rollouts")
         shown = {name: logs[name] for name in logs if name in watched and (name != "dropped_rollouts" or logs[name])}
         write = print if self.training_bar is None else self.training_bar.write
         started, first = self._began

@@ -19,7 +19,7 @@ import yaml
 from peft import LoraConfig
 from transformers import TrainingArguments
 
-from rlhf_mel.algorithms.base import algorithm_class, load_algorithm
+from rlhf_mel.algorithms.base import Algorithm, algorithm_class, load_algorithm
 from rlhf_mel.rewards.load import check_name, find_reward
 from rlhf_mel.rewards.options import check_options
 
@@ -62,6 +62,7 @@ class RLHFConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [  # noqa: RUF012, not annotated: a dataclass would make it a field
         *TrainingArguments._VALID_DICT_FIELDS,
         "algorithm_kwargs",
+        "preference_kwargs",
         "prompt_columns",
         "reward_kwargs",
     ]
@@ -80,7 +81,15 @@ class RLHFConfig(TrainingArguments):
         "tiny", "'tiny', a list (JSONL, CSV, .lst), a folder with train.jsonl, or 'hf://datasets/OWNER/NAME'."
     )
     eval_prompts: str = option("tiny", "'tiny', a list, a folder with heldout.jsonl, or 'hf://datasets/OWNER/NAME'.")
-    dataset_train_split: str = option("train", "Split of hf:// prompts to train on.")
+    train_preferences: str | None = option(
+        None,
+        "For algorithms that learn from pairs of clips, in place of train_prompts: a data set of preferences, by its "
+        "id on the hub, folder or file.",
+    )
+    preference_kwargs: dict[str, Any] | str | None = option(
+        None, 'How it is read, as JSON: \'{"adapter": "speechjudge", "ties": "keep"}\' (load_preferences has all).'
+    )
+    dataset_train_split: str = option("train", "Split of hf:// prompts, or of preferences, to train on.")
     dataset_test_split: str = option("test", "Split of hf:// prompts to evaluate on.")
     prompt_columns: dict[str, str] | str | None = option(
         None, 'Our names of columns to theirs, as JSON: \'{"text": "sentence"}\'.'
@@ -154,7 +163,7 @@ class RLHFConfig(TrainingArguments):
     output_dir: str = option("runs/demo", "Everything a run writes: samples, checkpoints, report.html, policy/.")
     learning_rate: float = option(1e-5, "Peak learning rate of AdamW.")
     max_steps: int = option(20, "Updates.")
-    per_device_train_batch_size: int = option(4, "Rollouts a device and update.")
+    per_device_train_batch_size: int = option(4, "Rollouts (of train_preferences: pairs) a device and update.")
     warmup_steps: float = option(0, "Updates of linear warm-up (below 1: share of all).")
     lr_scheduler_type: str = option("constant", "Learning rate schedule.")
     logging_steps: float = option(1, "Updates between two log lines.")
@@ -188,7 +197,7 @@ class RLHFConfig(TrainingArguments):
         self.gradient_checkpointing = self.activation_checkpointing = False
         _check_inherited(self)
         _check_rewards(self.reward_models, self.reward_weights, self.reward_kwargs)
-        load_algorithm(self.algorithm, self.algorithm_options, beta=self.beta or 0.0)
+        _check_data(self, load_algorithm(self.algorithm, self.algorithm_options, beta=self.beta or 0.0))
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns must be False: rewards read prompt columns that the policy does not; "
@@ -207,6 +216,16 @@ class RLHFConfig(TrainingArguments):
         if twice := sorted(shared.keys() & options.keys()):
             raise ValueError(f"{twice} given twice: expected one value, got algorithm_kwargs with a second; remove it")
         return {**shared, **options}
+
+    @property
+    def preference_options(self) -> Mapping[str, Any]:
+        """`preference_kwargs` as a mapping."""
+        options = self.preference_kwargs or {}
+        if not isinstance(options, Mapping):
+            raise ValueError(
+                f'preference_kwargs must be a mapping: expected e.g. \'{{"ties": "keep"}}\', got {options!r}'
+            )
+        return options
 
 
 def _check_inherited(config: RLHFConfig) -> None:
@@ -250,16 +269,31 @@ def _check_numbers(config: RLHFConfig) -> None:
 
 
 def _check_schedule(config: RLHFConfig) -> None:
-    """Raise if groups or checkpoints do not fit what the algorithm learns from."""
-    if config.num_generations < 2 and algorithm_class(config.algorithm).needs_groups:
-        raise ValueError(
-            f"algorithm {config.algorithm!r} compares rollouts of one prompt: expected num_generations of at least 2, "
-            f"got {config.num_generations}; 8 is a good start"
-        )
+    """Raise if checkpoints do not fit what the algorithm learns from."""
     if config.save_strategy == "steps" and config.save_steps >= 1 and config.save_steps % config.num_iterations:
         raise ValueError(
             "a checkpoint between updates that share rollouts cannot be resumed exactly: expected save_steps to be a "
             f"multiple of num_iterations, got {config.save_steps:g} and {config.num_iterations}"
+        )
+
+
+def _check_data(config: RLHFConfig, algorithm: Algorithm) -> None:
+    """Raise if groups or preferences do not fit what the algorithm learns from."""
+    if config.num_generations < 2 and algorithm.needs_groups:
+        raise ValueError(
+            f"algorithm {config.algorithm!r} compares rollouts of one prompt: expected num_generations of at least 2, "
+            f"got {config.num_generations}; 8 is a good start"
+        )
+    if config.num_generations > 1 and algorithm.learns_from_pairs:
+        raise ValueError(
+            f"algorithm {config.algorithm!r} learns from pairs of a data set: expected num_generations 1, got "
+            f"{config.num_generations}; num_noise_samples of algorithm_kwargs draws several times for each"
+        )
+    _ = config.preference_options  # raises
+    if config.train_preferences is not None and not algorithm.learns_from_pairs:
+        raise ValueError(
+            "train_preferences: expected an algorithm that learns from pairs of a data set, such as flow_dpo, got "
+            f"{config.algorithm!r}, which learns from rollouts (of train_prompts); remove the one or name the other"
         )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_mel.data.preferences import PreferenceDataset
 from rlhf_mel.data.prompts import PromptDataset
 from rlhf_mel.rewards.base import RewardSpec
 from rlhf_mel.rewards.combine import Rewards
@@ -39,7 +40,7 @@ def source(part: Any) -> str:
     """The name that a config can give to a part, or what it is where it has none."""
     if isinstance(part, str | Path):
         return str(part)
-    if isinstance(part, PromptDataset):
+    if isinstance(part, PromptDataset | PreferenceDataset):
         return part.name
     named = part if hasattr(part, "__qualname__") else type(part)
     module, name = named.__module__, named.__qualname__

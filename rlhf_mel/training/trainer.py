@@ -38,6 +38,7 @@ from typing_extensions import override
 
 from rlhf_mel import policies
 from rlhf_mel.algorithms.base import load_algorithm
+from rlhf_mel.data.preferences import PairBatch, PreferenceDataset
 from rlhf_mel.data.prompts import PromptDataset
 from rlhf_mel.data.sampler import GroupSampler
 from rlhf_mel.evaluation.evaluate import EvaluationResult, evaluate
@@ -52,7 +53,6 @@ from rlhf_mel.rewards.base import RewardSpec
 from rlhf_mel.rewards.combine import Rewards
 from rlhf_mel.speech.recognizer import Recognizer
 from rlhf_mel.training.build import (
-    as_prompts,
     as_recognizer,
     as_rewards,
     build_pipeline,
@@ -60,6 +60,7 @@ from rlhf_mel.training.build import (
     freeze,
     heldout_prompts,
     sampling_of,
+    training_data,
 )
 from rlhf_mel.training.callbacks import AfterUpdate, Console, FirstGradient, FollowWeights, MetricsFile, StepClock
 from rlhf_mel.training.config import RLHFConfig, save_config
@@ -79,7 +80,7 @@ EMA_STATE = "ema.pt"
 
 
 class RLHFTrainer(Trainer):
-    """Trains `policy` towards what `reward_models` like.
+    """Trains `policy` towards what `reward_models` like, or by preferences.
 
     Args:
         policy: a policy or the name of one; it is trained in place. None: `args.policy`.
@@ -87,8 +88,9 @@ class RLHFTrainer(Trainer):
         args: the run; None: the defaults, which name the bundled models.
         vocoder: an object or a name; None: `args.vocoder`. It is frozen.
         recognizer: likewise.
-        train_dataset: prompts, or a name of them; None: those `args` names.
-        eval_dataset: likewise; the first `args.num_eval_prompts` are heard before and after training.
+        train_dataset: prompts, or a name of them; None: those `args` names. Where the algorithm learns from pairs of
+            clips: preferences, or whatever `load_preferences` takes; the rewards are then heard in evaluations only.
+        eval_dataset: prompts; the first `args.num_eval_prompts` are heard before and after training.
         peft_config: train LoRA adapters instead of all weights.
         callbacks: of transformers.
     """
@@ -103,7 +105,7 @@ class RLHFTrainer(Trainer):
         *,
         vocoder: Vocoder | str | None = None,
         recognizer: Recognizer | str | None = None,
-        train_dataset: PromptDataset | str | Path | None = None,
+        train_dataset: Any = None,
         eval_dataset: PromptDataset | str | Path | None = None,
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -117,8 +119,8 @@ class RLHFTrainer(Trainer):
             policy=policy,
             vocoder=vocoder,
             recognizer=recognizer,
-            train_prompts=train_dataset,
             eval_prompts=eval_dataset,
+            **{"train_preferences" if algorithm.learns_from_pairs else "train_prompts": train_dataset},
         )
         if not isinstance(policy, nn.Module):
             policy = policies.load(
@@ -126,7 +128,8 @@ class RLHFTrainer(Trainer):
             )
         policies.check(policy, str(args.policy))
         vocoder = load_vocoder(vocoder or args.vocoder) if vocoder is None or isinstance(vocoder, str) else vocoder
-        self.prompts = as_prompts(train_dataset, args, policy, held_out=False)
+        self.prompts = training_data(train_dataset, args, policy, algorithm)
+        """Or pairs of clips, with the prompts that they answer."""
         self.heldout = heldout_prompts(eval_dataset, args, policy)
         self.recognizer = as_recognizer(args.recognizer if recognizer is None else recognizer, self.heldout)
         self.pipeline = build_pipeline(policy, vocoder, rewards, args, peft_config)
@@ -187,9 +190,10 @@ class RLHFTrainer(Trainer):
         trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad) / 1e6
         rewards = " + ".join(self.pipeline.rewards.names)
         where = f"{self.args.world_size} x {_device_name(self.args.device)}"
-        return (
-            f"{self.args.algorithm}: {trained:.1f} M parameters towards {rewards}, {len(self.prompts)} prompts, {where}"
-        )
+        towards, rows = f"towards {rewards}", "prompts"
+        if isinstance(self.prompts, PreferenceDataset):
+            towards, rows = "by preferences", "pairs"
+        return f"{self.args.algorithm}: {trained:.1f} M parameters {towards}, {len(self.prompts)} {rows}, {where}"
 
     @override
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Float[Tensor, ""]:
@@ -197,7 +201,8 @@ class RLHFTrainer(Trainer):
         step, index = self._next_micro_batch()
         # The same in a resumed run, different everywhere else.
         where = (self.args.seed, step, self.args.process_index, index)
-        collected = self._collect(inputs["prompts"], step, index, mix_seed(*where, 1))
+        (batch,) = inputs.values()
+        collected = self._collect(batch, step, index, mix_seed(*where, 1))
         outputs = model(collected=collected, noise_seed=mix_seed(*where))
         if at_start:
             check_first_batch(self._update_loss.algorithm, outputs["metrics"])
@@ -211,12 +216,13 @@ class RLHFTrainer(Trainer):
         self._micro_batch = (self.state.global_step, index + 1 if step == self.state.global_step else 0)
         return self._micro_batch
 
-    def _collect(self, prompts: Prompts, step: int, index: int, noise_seed: int) -> Any:
+    def _collect(self, batch: Prompts | PairBatch, step: int, index: int, noise_seed: int) -> Any:
         """What micro-batch `index` learns from: of this update if it is the first of its iterations, else kept."""
         if step % self.args.num_iterations == 0 or index not in self._collected:
-            self.pipeline.rewards.check(prompts)
+            if isinstance(batch, Prompts):
+                self.pipeline.rewards.check(batch)
             with self.accelerator.autocast():  # as in the loss, so that both compute the same numbers
-                self._collected[index] = self._update_loss.collect(prompts, noise_seed)
+                self._collected[index] = self._update_loss.collect(batch, noise_seed)
         return self._collected[index]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -375,8 +381,10 @@ class RLHFTrainer(Trainer):
             policies.save(self.policy, output_dir or Path(self.args.output_dir) / "policy")
 
 
-def _collate(dataset: PromptDataset, rows: Sequence[Mapping[str, Any]]) -> dict[str, Prompts]:
-    return {"prompts": dataset.collate(rows)}
+def _collate(
+    dataset: PromptDataset | PreferenceDataset, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Prompts | PairBatch]:
+    return {"pairs" if isinstance(dataset, PreferenceDataset) else "prompts": dataset.collate(rows)}
 
 
 def _all_prompts(dataset: PromptDataset) -> Prompts:

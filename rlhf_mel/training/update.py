@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_mel.algorithms.base import Algorithm
+from rlhf_mel.data.preferences import PairBatch
 from rlhf_mel.flow.noise import item_generators, mix_seed, seeded
 from rlhf_mel.flow.policy import with_durations
 from rlhf_mel.metrics import Metrics
@@ -31,10 +32,15 @@ class UpdateLoss(nn.Module):
         self.pipeline = pipeline  # no nn.Module: whatever is frozen stays out of parameters() and state_dict()
 
     @torch.no_grad()
-    def collect(self, prompts: Prompts, noise_seed: int) -> Any:
-        """What the algorithm learns from (`Algorithm.collect`), with noise of that seed; rhythms are drawn here."""
-        rhythm = item_generators(seeded(mix_seed(noise_seed, TIMING)), len(prompts))
-        return self.algorithm.collect(self.pipeline, with_durations(self.policy, prompts, rhythm), seeded(noise_seed))
+    def collect(self, batch: Prompts | PairBatch, noise_seed: int) -> Any:
+        """What the algorithm learns from (`Algorithm.collect` or `collect_pairs`), with noise of that seed.
+
+        Rhythms of prompts are drawn here; clips of a data set have theirs.
+        """
+        if isinstance(batch, PairBatch):
+            return self.algorithm.collect_pairs(self.pipeline, batch, seeded(noise_seed))
+        rhythm = item_generators(seeded(mix_seed(noise_seed, TIMING)), len(batch))
+        return self.algorithm.collect(self.pipeline, with_durations(self.policy, batch, rhythm), seeded(noise_seed))
 
     def forward(self, collected: Any, noise_seed: int) -> dict[str, Float[Tensor, ""] | Metrics]:
         """`loss` and `metrics` of what was collected, with noise of that seed."""
