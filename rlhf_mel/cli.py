@@ -252,7 +252,8 @@ def run_rewards(args: argparse.Namespace) -> None:
         gradient = "with a gradient" if reward.differentiable else "without a gradient"
         print(f"{name}: {(inspect.getdoc(reward) or '').splitlines()[0]} Hears the {reward.domain}, {gradient}.")
         for option in describe(reward):
-            print(f"    {option.name} = {option.default!r}\n        {option.meaning}")
+            default = "" if option.default is inspect.Parameter.empty else f" = {option.default!r}"
+            print(f"    {option.name}{default}\n        {option.meaning}")
     print("""Options of a run: --reward_kwargs '{"NAME": {"OPTION": VALUE}}', in YAML a mapping.""")
 
 

@@ -20,7 +20,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from rlhf_mel.algorithms.base import Algorithm, algorithm_class, load_algorithm
-from rlhf_mel.rewards.load import check_name, find_reward
+from rlhf_mel.rewards.load import check_name, find_reward, options_of
 from rlhf_mel.rewards.options import check_options
 
 OF_LANGUAGE_MODELS = ("neftune_noise_alpha", "label_smoothing_factor", "use_liger_kernel", "train_sampling_strategy")
@@ -103,7 +103,7 @@ class RLHFConfig(TrainingArguments):
     )
 
     reward_models: list[str] = option(
-        lambda: ["mos"], "Rewards by name (reward_models/NAME.py) or 'package.module:Name'."
+        lambda: ["mos"], "Rewards by name (reward_models/NAME.py), 'package.module:Name', or a trained one's folder."
     )
     reward_weights: list[float] | None = option(None, "One weight a reward; default: 1 each.")
     reward_kwargs: dict[str, Any] | str | None = option(
@@ -317,7 +317,7 @@ def _check_rewards(names: Sequence[str], weights: Sequence[float] | None, option
             f"reward_kwargs: expected options of {list(names)}, got those of {unknown}; name it in reward_models"
         )
     for name, own in options.items():
-        check_options(find_reward(name), own, name=name)
+        check_options(find_reward(name), options_of(name, own), name=name)
 
 
 def resolved(

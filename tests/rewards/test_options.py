@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -103,6 +104,15 @@ def test_a_run_refuses_wrong_options_before_it_loads_a_model(
         RLHFConfig(output_dir="unused", reward_models=["mos", "intelligibility"], reward_kwargs=options)
 
 
+def test_options_of_a_folder_are_checked_without_its_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"reward_model": "preference"}')  # and no weights beside it
+    named: Any = {"output_dir": "unused", "reward_models": [str(tmp_path)]}
+    with pytest.raises(ValueError, match="uncertainty_penalty of reward 'preference': expected a number of at least 0"):
+        RLHFConfig(**named, reward_kwargs={str(tmp_path): {"uncertainty_penalty": -1}})
+    kept = RLHFConfig(**named, reward_kwargs={str(tmp_path): {"uncertainty_penalty": 1}}).reward_kwargs
+    assert kept == {str(tmp_path): {"uncertainty_penalty": 1}}
+
+
 def test_options_of_a_reward_that_is_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected options of .*got those of \['mso'\]"):
         Rewards([Configured(Configured.Config(target=0))], options={"mso": {}})
@@ -124,8 +134,12 @@ def test_help_and_the_guide_list_every_option(name: str, capsys: pytest.CaptureF
     assert options and all(option.meaning for option in options)
     assert [row[0] for row in rows] == [option.name for option in options]
     for (_, default), option in zip(rows, options, strict=True):
-        assert type(option.default)(default) == option.default
-        assert f"    {option.name} = {option.default!r}\n" in listed and option.meaning in listed
+        assert option.meaning in listed
+        if option.default is inspect.Parameter.empty:
+            assert default == "required" and f"    {option.name}\n" in listed
+        else:
+            assert type(option.default)(default) == option.default
+            assert f"    {option.name} = {option.default!r}\n" in listed
 
 
 def test_the_config_of_a_reward_cannot_be_changed_afterwards() -> None:

@@ -18,6 +18,7 @@ from rlhf_mel.rewards.base import RewardModel
 from rlhf_mel.rewards.combine import Rewards
 from rlhf_mel.rewards.function import FunctionReward
 from rlhf_mel.rewards.load import known_rewards, load_reward
+from rlhf_mel.speech.preference_model import PreferenceModel, save_preference_model
 from rlhf_mel.types import Audio, Prompts
 
 RATE_HZ = 24_000
@@ -312,6 +313,14 @@ def test_your_own_reward_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 class TestContract:
     """What every file of reward_models promises; a new file is found by itself."""
 
+    @pytest.fixture
+    def spec(self, name: str, tmp_path: Path) -> str:
+        """What loads it: its name, or the folder of one that has to be trained."""
+        if name != "preference":
+            return name
+        save_preference_model(PreferenceModel(PreferenceModel.Config(num_members=2, dim=16, num_layers=1)), tmp_path)
+        return str(tmp_path)
+
     def sounds(self, reward: RewardModel) -> Audio:
         generator = torch.Generator().manual_seed(0)
         lengths = [9_600, 6_400]
@@ -321,12 +330,12 @@ class TestContract:
         mel[1, 26:] = 0
         return Audio(waveform, torch.tensor(lengths), 16_000, mel, torch.tensor([38, 26]))
 
-    def test_declares_its_file_name(self, name: str) -> None:
-        reward = load_reward(name)
+    def test_declares_its_file_name(self, name: str, spec: str) -> None:
+        reward = load_reward(spec)
         assert isinstance(reward, RewardModel) and reward.name == name
 
-    def test_scores_within_its_range_and_a_batch_as_its_items_alone(self, name: str) -> None:
-        rewards = Rewards([name])
+    def test_scores_within_its_range_and_a_batch_as_its_items_alone(self, spec: str) -> None:
+        rewards = Rewards([spec])
         model, both = rewards.models[0], self.sounds(rewards.models[0])
         with torch.no_grad():
             score = rewards(both, prompts()).total
@@ -337,8 +346,8 @@ class TestContract:
         assert ((score >= model.range[0]) & (score <= model.range[1])).all()
         torch.testing.assert_close(score[1:], alone, atol=1e-3, rtol=1e-3)
 
-    def test_gradient_is_finite_and_stays_in_the_item(self, name: str) -> None:
-        rewards = Rewards([name])
+    def test_gradient_is_finite_and_stays_in_the_item(self, spec: str) -> None:
+        rewards = Rewards([spec])
         model, both = rewards.models[0], self.sounds(rewards.models[0])
         if not model.differentiable:
             pytest.skip("declares no gradient")
