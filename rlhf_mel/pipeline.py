@@ -77,6 +77,8 @@ class Pipeline:
     sampling: Sampling = Sampling()
     reward_batch_size: int | None = None
     """Rollouts that vocoder and rewards hear at once; None: all."""
+    recompute: bool = True
+    """Whether velocities of several steps run again in backward(), or keep their activations."""
 
     def rollout(
         self,
@@ -99,7 +101,8 @@ class Pipeline:
             prompts,
             generator=generator,
             grad_steps=grad_steps,
-            checkpoint=grad_steps > 1,  # one step's graph is all that is ever held, kept or recomputed
+            checkpoint=self.recompute
+            and grad_steps > 1,  # one step's graph is all that is ever held, kept or recomputed
             **dataclasses.asdict(self.sampling),
         )
         _check_finite(rollouts.mel)

@@ -57,6 +57,7 @@ def build_pipeline(
             args, cfg_strength=args.cfg_strength if args.train_cfg_strength is None else args.train_cfg_strength
         ),
         reward_batch_size=args.reward_batch_size,
+        recompute=args.recompute,
     )
 
 

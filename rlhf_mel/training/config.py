@@ -157,6 +157,11 @@ class RLHFConfig(TrainingArguments):
         "Velocities, and gradients of lengths that come often, as CUDA graphs, which keep the memory of the "
         "largest; default: on a GPU.",
     )
+    activation_checkpointing: bool | None = option(
+        True,
+        "Velocities keep their input alone and run again in backward(); false: all that they computed is kept, which "
+        "takes less time and memory that grows with the differentiated steps (best with micro-batches of one).",
+    )
     cpu_threads: int | None = option(
         None, "Threads a process on a CPU; default: the cores there are, at most 8. (accelerate allows 1.)"
     )
@@ -192,9 +197,10 @@ class RLHFConfig(TrainingArguments):
                 "torch_compile_backend and torch_compile_mode: expected none, the policy's blocks are compiled by "
                 f"inductor; got {self.torch_compile_backend!r} and {self.torch_compile_mode!r}; remove them"
             )
+        # the solve does it; transformers would look for layers of its own models
+        self.recompute, self.activation_checkpointing = self.activation_checkpointing is not False, False
+        self.gradient_checkpointing = False  # the former name, which older ones read
         super().__post_init__()  # type: ignore[no-untyped-call]  # of transformers
-        # every solve already recomputes activations: velocities run again in backward()
-        self.gradient_checkpointing = self.activation_checkpointing = False
         _check_inherited(self)
         _check_rewards(self.reward_models, self.reward_weights, self.reward_kwargs)
         _check_data(self, load_algorithm(self.algorithm, self.algorithm_options, beta=self.beta or 0.0))
@@ -339,7 +345,8 @@ def resolved(
         for name, value in config._as_given.items()
         if name not in own and value != defaults[name] and name not in NOT_SAVED
     }
-    values["torch_compile"] = config.compile_policy  # what transformers is told is another thing
+    # what transformers is told is another thing
+    values |= {"torch_compile": config.compile_policy, "activation_checkpointing": config.recompute}
     return values | changed | _lora_fields(peft_config) | dict(given or {})
 
 

@@ -310,12 +310,21 @@ def test_blocks_are_compiled_and_nothing_else(tmp_path: Path, dataset: PromptDat
         trainer(tmp_path, dataset, torch_compile_mode="max-autotune")
 
 
-def test_gradient_checkpointing_asks_for_what_is_done_anyway(tmp_path: Path, dataset: PromptDataset) -> None:
-    plain, asked = trainer(tmp_path / "a", dataset), trainer(tmp_path / "b", dataset, gradient_checkpointing=True)
-    plain.train()
-    asked.train()
-    assert same_weights(plain.policy, asked.policy)
-    assert "gradient_checkpointing: true" in (tmp_path / "b" / "config.yaml").read_text()
+def test_kept_activations_give_the_same_gradient_without_a_second_run(tmp_path: Path, dataset: PromptDataset) -> None:
+    ran, first = [], []
+    for recompute in (True, False):
+        folder = tmp_path / str(recompute)
+        options: dict[str, Any] = dict(max_steps=1, algorithm_kwargs={"grad_steps": 3}, beta=0.0)
+        run = trainer(folder, dataset, activation_checkpointing=recompute, **options)
+        calls: list[int] = []
+        run.policy.transformer.norm_out.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        run.train()
+        ran.append(len(calls))
+        first.append(metrics(folder)[0])
+        assert f"activation_checkpointing: {str(recompute).lower()}" in (folder / "config.yaml").read_text()
+    assert ran[0] == 2 * ran[1] > 0  # all three steps of each solve run once more in backward()
+    assert first[0]["loss"] == first[1]["loss"]
+    assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-4)
 
 
 def test_without_beta_there_is_no_reference(tmp_path: Path, dataset: PromptDataset) -> None:
