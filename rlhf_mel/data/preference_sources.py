@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_mel.data.prompt_files import cache_of_folder, read_rows
+from rlhf_mel.data.prompt_files import cache_of_folder, encoded_audio, read_rows
 
 LISTS = (".jsonl", ".csv", ".tsv")
 
@@ -194,16 +194,6 @@ def _first_values(rows: Any) -> dict[str, Any]:
         return dict(next(iter(rows), {}))
     columns = rows[0] if rows else {}
     return {column: next((row[column] for row in rows if row[column] is not None), None) for column in columns}
-
-
-def encoded_audio(table: Any) -> Any:
-    """The table with its audio undecoded, as the files have it."""
-    from datasets import Audio
-
-    for column, feature in (table.features or {}).items():
-        if isinstance(feature, Audio) and feature.decode:
-            table = table.cast_column(column, Audio(decode=False))
-    return table
 
 
 def _audio_paths(table: Any) -> Any:

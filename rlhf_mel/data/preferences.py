@@ -42,8 +42,9 @@ from rlhf_mel.data.preference_pairs import (
     table_rows,
 )
 from rlhf_mel.data.preference_schemas import Schema, find_clips, find_schema, parse_columns
-from rlhf_mel.data.preference_sources import Source, encoded_audio, open_source
+from rlhf_mel.data.preference_sources import Source, open_source
 from rlhf_mel.data.preference_tables import ClipIndex, joined_pairs, score_pairs, within_columns
+from rlhf_mel.data.prompt_files import encoded_audio
 from rlhf_mel.lookup import did_you_mean
 from rlhf_mel.progress import progress
 from rlhf_mel.speech.audio import MelSpec

@@ -48,24 +48,67 @@ def rename(rows: Sequence[Row], columns: Mapping[str, str], *, name: str) -> lis
     return [{**left, **taken} for left, taken in zip(kept, renamed, strict=True)]
 
 
-def from_datasets(dataset: Dataset, columns: Mapping[str, str], keep: Sequence[str] = (), *, name: str) -> Dataset:
-    """The columns that are named, ours by theirs, and those to `keep`; audio stays encoded until a row is used.
+def table_of(table: Any, split: str, *, name: str) -> Any:
+    """A table of `datasets`, or a list of rows, of what is in memory: a dictionary's `split`, a stream read to its end.
+
+    Audio stays encoded: whatever a table holds besides costs nothing until a row is used.
 
     Raises:
-        ValueError: the data set lacks some of them.
+        ValueError: it is none of these; or there is no such split.
     """
+    if isinstance(table, Mapping):
+        if split not in table:
+            raise ValueError(f"{name}: expected split {split!r}, got splits {list(table)}; name one of them")
+        table = table[split]
+    if isinstance(table, Sequence) and not isinstance(table, str | bytes):
+        return list(table)
+    if not hasattr(table, "select_columns"):
+        raise ValueError(
+            f"{name}: expected a table of `datasets` or a list of rows, got {type(table).__name__}; "
+            "Dataset.from_list makes one of rows"
+        )
+    table = encoded_audio(table.with_format(None))
+    if hasattr(table, "__len__"):
+        return table
+    from datasets import Audio, Dataset, Features, Value
+
+    if not table.features:
+        return list(table)
+    # a struct, since as Audio `datasets` would encode with torchcodec what is encoded
+    clip = {"bytes": Value("binary"), "path": Value("string")}
+    kinds = {name: clip if isinstance(kind, Audio) else kind for name, kind in table.features.items()}
+    return Dataset.from_list(list(table), features=Features(kinds))
+
+
+def encoded_audio(table: Any) -> Any:
+    """The table with its audio undecoded, as the files have it."""
     from datasets import Audio  # slow to import, and lists in files need none of it
 
-    wanted = {**{column: column for column in keep}, **columns}
-    if missing := [theirs for theirs in wanted.values() if theirs not in dataset.column_names]:
-        raise ValueError(f"{name}: expected columns {missing}, got {dataset.column_names}; correct `columns`")
-    dataset = dataset.select_columns(list(dict.fromkeys(wanted.values())))
-    for column, feature in dataset.features.items():
-        if isinstance(feature, Audio):
-            dataset = dataset.cast_column(column, Audio(decode=False))
+    for column, feature in (table.features or {}).items():
+        if isinstance(feature, Audio) and feature.decode:
+            table = table.cast_column(column, Audio(decode=False))
+    return table
+
+
+def renamed_columns(
+    table: Any, columns: Mapping[str, str], keep: Sequence[str] | None = None, *, name: str
+) -> Dataset | list[Row]:
+    """A table of `table_of` with our names for its columns, and of the others those to `keep`; None: all.
+
+    Raises:
+        ValueError: the table lacks some of them.
+    """
+    if isinstance(table, list):
+        rows = rename(table, columns, name=name) if columns else table
+        return rows if keep is None else [{column: row.get(column) for column in (*columns, *keep)} for row in rows]
+    others = [column for column in table.column_names if column not in {*columns, *columns.values()}]
+    wanted = {**{column: column for column in (others if keep is None else keep)}, **columns}
+    if missing := [theirs for theirs in wanted.values() if theirs not in table.column_names]:
+        raise ValueError(f"{name}: expected columns {missing}, got {table.column_names}; correct `columns`")
     if len(set(wanted.values())) < len(wanted):
         raise ValueError(f"{name}: expected each column once, got {dict(columns)}; name different ones")
-    return dataset.rename_columns({theirs: ours for ours, theirs in wanted.items() if theirs != ours})
+    table = table.select_columns(list(wanted.values()))
+    return table.rename_columns({theirs: ours for ours, theirs in wanted.items() if theirs != ours})
 
 
 def cache_of_folder(source: str) -> str | None:

@@ -1,9 +1,9 @@
 """Prompts: what to say, and whose voice to say it in.
 
-One row a prompt: `text`, `reference_audio` (a path relative to its list, or an encoded `Audio` of `datasets`) and
-`reference_text`; optionally `id`, `voice`, and `duration_s` (seconds of speech to generate; without it the policy's
-duration rule decides, or F5-TTS's where `PromptOptions` says so). Any other column reaches the rewards by its name,
-through `Prompts.columns`. prompt_files.py has the formats.
+One row a prompt: `text`, `reference_audio` (a path relative to its list, an encoded `Audio` of `datasets`, or its
+samples as {"array", "sampling_rate"}) and `reference_text`; optionally `id`, `voice`, and `duration_s` (seconds of
+speech to generate; without it the policy's duration rule decides, or F5-TTS's where `PromptOptions` says so). Any other
+column reaches the rewards by its name, through `Prompts.columns`. prompt_files.py has the formats.
 
 A row that cannot be used is an error that names it, when the data set is built; or it is dropped and counted, where
 that was asked for. None is ever skipped in silence.
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlhf_mel.data.prompt_files import from_datasets, load_hub_rows, read_rows, rename
+from rlhf_mel.data.preference_audio import wav_bytes
+from rlhf_mel.data.prompt_files import encoded_audio, load_hub_rows, read_rows, rename, renamed_columns, table_of
 from rlhf_mel.speech.audio import MelSpec, load_audio, read_speech, samples_to_frames
 from rlhf_mel.speech.durations import f5_total_frames
 from rlhf_mel.speech.reference_clips import prepare_reference
@@ -230,7 +231,18 @@ class PromptDataset(torch.utils.data.Dataset[dict[str, Any]]):
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows that all have every column that one of them has, None where they had none."""
     columns = dict.fromkeys(name for row in rows for name in row)
-    return [{name: row.get(name) for name in columns} for row in rows]
+    return [{name: row.get(name) for name in columns} | _encoded_clip(number, row) for number, row in enumerate(rows)]
+
+
+def _encoded_clip(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The reference clip of a row that has it as samples, as bytes of a file; empty for all others."""
+    clip = row.get("reference_audio")
+    if not isinstance(clip, Mapping) or clip.get("array") is None:
+        return {}
+    try:
+        return {"reference_audio": {"bytes": wav_bytes(clip["array"], clip.get("sampling_rate")), "path": None}}
+    except ValueError as error:
+        raise ValueError(f"row {number}, 'reference_audio': {error}") from error
 
 
 def _rows_at(rows: Any, places: Sequence[int]) -> Any:
@@ -267,29 +279,40 @@ def load_prompts(
 
 
 def load_dataset_prompts(
-    source: str | Dataset,
+    source: Any,
     *,
     split: str = "train",
     columns: Mapping[str, str] | None = None,
-    keep: Sequence[str] = (),
+    keep: Sequence[str] | None = None,
     config: str | None = None,
     mel_spec: MelSpec | None = None,
     options: PromptOptions | None = None,
 ) -> PromptDataset:
-    """Prompts from any source of `datasets`: a hub id, a local folder, or a Dataset in memory.
+    """Prompts from any source of `datasets`: a hub id, a local folder, or what is in memory.
+
+    In memory: a Dataset, a DatasetDict, their iterable kinds (read to their end, into memory), a list of rows.
 
     Args:
         columns: our names (`text`, `reference_audio`, `reference_text`, `duration_s`) to theirs, where they differ.
-        keep: more columns for the rewards; all others are left out.
+        keep: more columns for the rewards; None: all there are.
         config: the data set's configuration, where it has several.
-        split: of the data set.
+        split: of the data set, where it has splits.
         mel_spec: of the policy.
         options: of the prompts.
+
+    Raises:
+        FileNotFoundError: no such data set.
+        ValueError: no such split or column, or rows that cannot be used.
     """
-    name = source if isinstance(source, str) else "data set"
-    dataset = load_hub_rows(source, split=split, config=config) if isinstance(source, str) else source
+    if isinstance(source, str):
+        name = source
+        table: Any = encoded_audio(load_hub_rows(source, split=split, config=config))
+    else:
+        name = "data set"
+        table = table_of(source, split, name=name)
     named = {**{column: column for column in REQUIRED}, **(columns or {})}
-    return PromptDataset(from_datasets(dataset, named, keep, name=name), name=name, mel_spec=mel_spec, options=options)
+    rows = renamed_columns(table, named, keep, name=name)
+    return PromptDataset(rows, name=name, mel_spec=mel_spec, options=options)
 
 
 def _prompt_file(source: str | Path, split: str) -> Path:

@@ -14,6 +14,7 @@ from torch import nn
 from rlhf_mel.algorithms.base import Algorithm
 from rlhf_mel.algorithms.families.pairs import clip_prompts
 from rlhf_mel.data.preferences import PreferenceDataset, load_preferences
+from rlhf_mel.data.prompt_files import table_of
 from rlhf_mel.data.prompts import PromptDataset, PromptOptions, load_dataset_prompts, load_prompts
 from rlhf_mel.flow.lora import add_lora
 from rlhf_mel.flow.reference import ReferencePolicy
@@ -118,16 +119,16 @@ def as_rewards(given: RewardSpec | Sequence[RewardSpec] | Rewards | None, args: 
     return Rewards(models, args.reward_weights, args.reward_kwargs)  # type: ignore[arg-type]
 
 
-def as_prompts(
-    given: PromptDataset | str | Path | None, args: RLHFConfig, policy: Any, *, held_out: bool
-) -> PromptDataset:
-    """The prompts, all of which the policy can read."""
+def as_prompts(given: Any, args: RLHFConfig, policy: Any, *, held_out: bool) -> PromptDataset:
+    """The prompts, all of which the policy can read: given as such, by name, or as a table (load_dataset_prompts)."""
     prompts = (args.eval_prompts if held_out else args.train_prompts) if given is None else given
     if not isinstance(prompts, PromptDataset):
         options = PromptOptions(prepare_references=args.prepare_references, duration_rule=args.duration_rule)
         named: Any = dict(columns=args.prompt_columns or {}, mel_spec=policy.mel_spec, options=options)
-        if str(prompts).startswith(HUB_DATASETS):
-            split = args.dataset_test_split if held_out else args.dataset_train_split
+        split = args.dataset_test_split if held_out else args.dataset_train_split
+        if not isinstance(prompts, str | Path):
+            prompts = load_dataset_prompts(prompts, split=split, **named)
+        elif str(prompts).startswith(HUB_DATASETS):
             prompts = load_dataset_prompts(str(prompts).removeprefix(HUB_DATASETS), split=split, **named)
         else:
             prompts = load_prompts(prompts, split="heldout" if held_out else "train", **named)
@@ -167,6 +168,8 @@ def as_preferences(given: Any, args: RLHFConfig, policy: Any) -> PreferenceDatas
             "data set, or have the policy's own rollouts ranked by the rewards: --algorithm_kwargs '{\"online\": true}'"
         )
     options: Any = {"split": args.dataset_train_split, "mel_spec": policy.mel_spec, **args.preference_options}
+    if not isinstance(preferences, str | Path):
+        preferences = table_of(preferences, options["split"], name="train_dataset")
     loaded: Any = load_preferences(preferences, **options)
     if not isinstance(loaded, PreferenceDataset):
         raise ValueError("preference_kwargs: expected pairs that can be shuffled, got streaming; remove it")
@@ -199,7 +202,7 @@ def check_clips(preferences: PreferenceDataset, policy: Any, shown_as: str | Non
         )
 
 
-def heldout_prompts(given: PromptDataset | str | Path | None, args: RLHFConfig, policy: Any) -> PromptDataset | None:
+def heldout_prompts(given: Any, args: RLHFConfig, policy: Any) -> PromptDataset | None:
     """The first `args.num_eval_prompts` of the held-out prompts; None where that is 0."""
     if args.num_eval_prompts == 0:
         return None

@@ -88,9 +88,13 @@ class RLHFTrainer(Trainer):
         args: the run; None: the defaults, which name the bundled models.
         vocoder: an object or a name; None: `args.vocoder`. It is frozen.
         recognizer: likewise.
-        train_dataset: prompts, or a name of them; None: those `args` names. Where the algorithm learns from pairs of
-            clips: preferences, or whatever `load_preferences` takes; the rewards are then heard in evaluations only.
-        eval_dataset: prompts; the first `args.num_eval_prompts` are heard before and after training.
+        train_dataset: prompts, a name of them, or a table: a `datasets.Dataset`, a DatasetDict (`dataset_train_split`),
+            their iterable kinds (read to their end, into memory), a list of rows; its columns go by
+            `args.prompt_columns`, those that prompts do not have reach the rewards. None: what `args` names. Where the
+            algorithm learns from pairs of clips, the same of preferences (`load_preferences`); the rewards are then
+            heard in evaluations only.
+        eval_dataset: prompts, in the same ways (`dataset_test_split`); the first `args.num_eval_prompts` are heard
+            before and after training.
         peft_config: train LoRA adapters instead of all weights.
         callbacks: of transformers.
     """
@@ -106,7 +110,7 @@ class RLHFTrainer(Trainer):
         vocoder: Vocoder | str | None = None,
         recognizer: Recognizer | str | None = None,
         train_dataset: Any = None,
-        eval_dataset: PromptDataset | str | Path | None = None,
+        eval_dataset: Any = None,
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import soundfile
 import torch
-from datasets import Audio, Dataset
+from datasets import Audio, Dataset, DatasetDict, IterableDatasetDict
 
 from rlhf_mel.data.prompts import PromptDataset, PromptOptions, load_dataset_prompts, load_prompts
 from rlhf_mel.speech.durations import f5_total_frames
@@ -143,6 +143,51 @@ def test_a_dataset_with_an_audio_feature(folder: Path) -> None:
         load_dataset_prompts(encoded(folder), columns={**COLUMNS, "text": "words"})
     with pytest.raises(ValueError, match="expected each column once"):
         load_dataset_prompts(encoded(folder), columns={**COLUMNS, "text": "transcript"})
+
+
+def rows_of(table: Dataset) -> list[dict[str, Any]]:
+    return list(table.cast_column("audio", Audio(decode=False)))
+
+
+def with_samples(folder: Path) -> list[dict[str, Any]]:
+    decoded = [{"array": tone(seconds).numpy(), "sampling_rate": RATE_HZ} for seconds in (1.0, 0.5)]
+    return [{**row, "audio": clip} for row, clip in zip(rows_of(encoded(folder)), decoded, strict=True)]
+
+
+TABLES: dict[str, Callable[[Path], Any]] = {
+    "Dataset": encoded,
+    "formatted": lambda folder: encoded(folder).with_format("numpy"),
+    "DatasetDict": lambda folder: DatasetDict({"train": encoded(folder), "test": encoded(folder).select([0])}),
+    "IterableDataset": lambda folder: encoded(folder).to_iterable_dataset(),
+    "IterableDatasetDict": lambda folder: IterableDatasetDict({"train": encoded(folder).to_iterable_dataset()}),
+    "rows": lambda folder: rows_of(encoded(folder)),
+    "rows with samples": with_samples,
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_every_table_gives_the_same_prompts_and_all_columns(folder: Path, kind: str) -> None:
+    prompts = batch(load_dataset_prompts(TABLES[kind](folder), columns=COLUMNS))
+    assert tuple(prompts.texts) == TEXTS and tuple(prompts.reference_texts) == REFERENCES
+    assert prompts.columns == {"accent": ["scots", "irish"], "left": [1, 2]}
+    assert all(type(left) is int for left in prompts.columns["left"])
+    assert prompts.reference_lengths_samples.tolist() == [24_000, 12_000]
+    torch.testing.assert_close(prompts.reference_audio[1, :12_000], tone(0.5), atol=1 / 32768, rtol=0)
+    kept = batch(load_dataset_prompts(TABLES[kind](folder), columns=COLUMNS, keep=["accent"]))
+    assert list(kept.columns) == ["accent"]
+
+
+def test_a_table_that_cannot_be_used_says_why(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected split 'dev', got splits \['train', 'test'\]"):
+        load_dataset_prompts(TABLES["DatasetDict"](folder), split="dev", columns=COLUMNS)
+    with pytest.raises(ValueError, match=r"expected a table of `datasets` or a list of rows, got int"):
+        load_dataset_prompts(3)
+    with pytest.raises(ValueError, match=r"expected columns \['words'\], got") as raised:
+        load_dataset_prompts(with_samples(folder), columns={**COLUMNS, "text": "words"})
+    assert len(str(raised.value)) < 2000
+    broken = [{**row, "audio": {"array": [], "sampling_rate": RATE_HZ}} for row in with_samples(folder)]
+    with pytest.raises(ValueError, match="row 0, 'reference_audio': expected samples and a sampling_rate, got shape"):
+        load_dataset_prompts(broken, columns=COLUMNS)
 
 
 def test_a_local_folder_of_datasets(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

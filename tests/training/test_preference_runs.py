@@ -132,6 +132,8 @@ def test_pairs_come_by_name_as_a_table_or_as_rows(tmp_path: Path, monkeypatch: p
         "path": folder,
         "table": load_dataset(folder, split="train").cast_column("chosen", AudioFeature(decode=False)),
         "rows": tuple(preference_rows()),
+        "stream": load_dataset(folder, split="train").to_iterable_dataset(),
+        "splits": {"train": preference_rows()},
     }
     seen = {}
     for kind, source in given.items():
@@ -139,7 +141,7 @@ def test_pairs_come_by_name_as_a_table_or_as_rows(tmp_path: Path, monkeypatch: p
         run = preference_trainer(tmp_path / kind, None if named else source, **named)
         run.train()
         seen[kind] = metrics(tmp_path / kind)
-    assert seen["option"] == seen["path"] == seen["table"] == seen["rows"]
+    assert all(run == seen["option"] for run in seen.values())
     assert f"train_preferences: {folder}" in (tmp_path / "option/config.yaml").read_text()
     assert f"train_preferences: {folder}" in (tmp_path / "path/config.yaml").read_text()
 

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 import torch
 from datasets import Audio as AudioFeature
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from safetensors.torch import load_file
 from small_runs import TEXTS, Near, Voice, metrics, policy, quietness, same_weights, trainer, write_dataset
@@ -296,6 +296,53 @@ def test_only_the_policy_is_trained_saved_and_wrapped(tmp_path: Path, dataset: P
     assert run.pipeline.reference is not None
     untrained = before.eval().encode(prompts).text
     assert torch.equal(run.pipeline.reference.encode(prompts).text, untrained)
+
+
+def test_prompts_come_as_any_table_and_their_columns_reach_the_rewards(tmp_path: Path, dataset: PromptDataset) -> None:
+    """The same run from a PromptDataset, from tables of `datasets` and from rows; `wish` is no column of prompts."""
+    clip = {"path": None, "bytes": (tmp_path / "voice.wav").read_bytes()}
+    rows = [
+        {"sentence": text, "reference_audio": clip, "reference_text": "abc", "wish": float(number)}
+        for number, text in enumerate(TEXTS)
+    ]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    table = Dataset.from_dict(columns).cast_column("reference_audio", AudioFeature(decode=False))
+    tables: dict[str, Any] = {
+        "Dataset": (table, table),
+        "DatasetDict": (DatasetDict({"train": table, "test": table}),) * 2,
+        "IterableDataset": (table.to_iterable_dataset(), table.to_iterable_dataset()),
+        "rows": (rows, rows),
+    }
+    heard: list[list[float]] = []
+
+    def wishes(completions: list[Any], wish: list[float], **others: Any) -> list[float]:
+        heard.append(wish)
+        return quietness(completions)
+
+    seen = {}
+    for kind, (train, test) in tables.items():
+        args = RLHFConfig(
+            output_dir=str(tmp_path / kind),
+            use_cpu=True,
+            max_steps=2,
+            algorithm="awm",
+            num_generations=2,
+            per_device_train_batch_size=2,
+            sampling_steps=3,
+            num_eval_prompts=2,
+            recognizer="none",
+            noise_floor=False,
+            prompt_columns={"text": "sentence"},
+        )
+        parts: dict[str, Any] = dict(vocoder=Voice(), train_dataset=train, eval_dataset=test)
+        heard.clear()
+        RLHFTrainer(policy(), reward_models=wishes, args=args, **parts).train()
+        seen[kind] = metrics(tmp_path / kind)
+        assert heard[0] == heard[-1] == [0.0, 1.0]  # held-out prompts, before and after
+        assert all(row[0] == row[1] for row in heard[1:-1])  # two rollouts of one prompt
+    assert all(run == seen["rows"] for run in seen.values())
+    with pytest.raises(ValueError, match=r"expected split 'test', got splits \['train'\]"):
+        RLHFTrainer(policy(), wishes, args, vocoder=Voice(), train_dataset=rows, eval_dataset={"train": rows})
 
 
 def test_blocks_are_compiled_and_nothing_else(tmp_path: Path, dataset: PromptDataset) -> None:
