@@ -145,6 +145,10 @@ def voice_encoder(source: str) -> Callable[[Tensor, int], str]:
     return nearest
 
 
+Figure = Callable[[list[Row]], float]
+"""Of the takes of one prompt; NaN where they have none."""
+
+
 def summary(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
     """Each figure of the module's docstring: mean over prompts, half of its 95 % interval."""
     full: dict[int, list[Row]] = {row["prompt"]: [] for row in rows}
@@ -152,63 +156,68 @@ def summary(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
     for row in rows:
         (one_step if row["steps"] == 1 else full)[row["prompt"]].append(row)
     groups = list(full.values())
+    figures = {**sound_figures(one_step), **(word_figures() if "wer" in groups[0][0] else {})}
+    return {name: over_prompts(groups, figure) for name, figure in figures.items()}
 
-    def over(measure: Callable[[list[Row]], float]) -> tuple[float, float]:
-        values = np.array([value for group in groups if not math.isnan(value := measure(group))])
-        if len(values) < 2:
-            return math.nan, math.nan
-        return float(values.mean()), float(
-            scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-        )
 
-    def column(group: Sequence[Row], name: str) -> np.ndarray:
-        return np.array([row[name] for row in group])
+def over_prompts(groups: Sequence[list[Row]], figure: Figure) -> tuple[float, float]:
+    """Mean, and half of its 95 % interval."""
+    values = np.array([value for group in groups if not math.isnan(value := figure(group))])
+    if len(values) < 2:
+        return math.nan, math.nan
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(half)
 
-    def picked(group: list[Row], by: str, name: str) -> float:
-        return max(group, key=lambda row: row[by])[name] - column(group, name).mean()
+
+def column(group: Sequence[Row], name: str) -> np.ndarray:
+    return np.array([row[name] for row in group])
+
+
+def best(group: Sequence[Row], by: str) -> Row:
+    return max(group, key=lambda row: row[by])
+
+
+def gain_of_best(group: Sequence[Row], by: str, name: str) -> float:
+    return best(group, by)[name] - column(group, name).mean()
+
+
+def sound_figures(one_step: dict[int, list[Row]]) -> dict[str, Figure]:
+    """What needs no transcript; `one_step`: takes of one step of the solve, by prompt."""
 
     def gain_of_one_step(group: list[Row], name: str) -> float:
         return column(one_step[group[0]["prompt"]], name).mean() - column(group, name).mean()
 
-    words = (
-        {
-            "best by MOS: WER": over(lambda g: picked(g, "mos", "wer")),
-            "WER, mean": over(lambda g: column(g, "wer").mean()),
-            "best by recognizer: WER": over(lambda g: picked(g, "intelligibility", "wer")),
-            "WER of the best by recognizer": over(lambda g: max(g, key=lambda row: row["intelligibility"])["wer"]),
-            "WER of the best of 8": over(lambda g: column(g[:8], "wer").min()),
-            "WER of the best of 8 by recognizer": over(
-                lambda g: max(g[:8], key=lambda row: row["intelligibility"])["wer"]
-            ),
-            "recognizer and -WER, rank correlation": over(
-                lambda g: partial_rank_correlation(column(g, "intelligibility"), -column(g, "wer"))
-            ),
-            "own voice nearest (share)": over(lambda g: np.mean([row["nearest_voice"] == row["voice"] for row in g])),
-        }
-        if "wer" in groups[0][0]
-        else {}
-    )
+    def agreement(group: list[Row], *others: str) -> float:
+        return partial_rank_correlation(*(column(group, name) for name in ("mos", "dnsmos", *others)))
+
     return {
-        "MOS, mean": over(lambda g: column(g, "mos").mean()),
-        "MOS, deviation within a prompt": over(lambda g: column(g, "mos").std(ddof=1)),
-        "DNSMOS, mean": over(lambda g: column(g, "dnsmos").mean()),
-        "DNSMOS, deviation within a prompt": over(lambda g: column(g, "dnsmos").std(ddof=1)),
-        "MOS and DNSMOS, rank correlation": over(
-            lambda g: partial_rank_correlation(column(g, "mos"), column(g, "dnsmos"))
+        "MOS, mean": lambda g: column(g, "mos").mean(),
+        "MOS, deviation within a prompt": lambda g: column(g, "mos").std(ddof=1),
+        "DNSMOS, mean": lambda g: column(g, "dnsmos").mean(),
+        "DNSMOS, deviation within a prompt": lambda g: column(g, "dnsmos").std(ddof=1),
+        "MOS and DNSMOS, rank correlation": agreement,
+        "the same, level and silence partialled out": lambda g: agreement(g, "level_dbfs", "silence_ratio"),
+        "best by MOS: DNSMOS": lambda g: gain_of_best(g, "mos", "dnsmos"),
+        "pitch contours, median distance (semitones)": contour_distance,
+        "duration, deviation (share)": lambda g: column(g, "duration_s").std(ddof=1) / column(g, "duration_s").mean(),
+        "one step: MOS": lambda g: gain_of_one_step(g, "mos"),
+        "one step: DNSMOS": lambda g: gain_of_one_step(g, "dnsmos"),
+    }
+
+
+def word_figures() -> dict[str, Figure]:
+    """What needs Whisper's transcripts, and the voice by an outside encoder."""
+    return {
+        "best by MOS: WER": lambda g: gain_of_best(g, "mos", "wer"),
+        "WER, mean": lambda g: column(g, "wer").mean(),
+        "best by recognizer: WER": lambda g: gain_of_best(g, "intelligibility", "wer"),
+        "WER of the best by recognizer": lambda g: best(g, "intelligibility")["wer"],
+        "WER of the best of 8": lambda g: column(g[:8], "wer").min(),
+        "WER of the best of 8 by recognizer": lambda g: best(g[:8], "intelligibility")["wer"],
+        "recognizer and -WER, rank correlation": lambda g: partial_rank_correlation(
+            column(g, "intelligibility"), -column(g, "wer")
         ),
-        "the same, level and silence partialled out": over(
-            lambda g: partial_rank_correlation(
-                column(g, "mos"), column(g, "dnsmos"), column(g, "level_dbfs"), column(g, "silence_ratio")
-            )
-        ),
-        "best by MOS: DNSMOS": over(lambda g: picked(g, "mos", "dnsmos")),
-        "pitch contours, median distance (semitones)": over(contour_distance),
-        "duration, deviation (share)": over(
-            lambda g: column(g, "duration_s").std(ddof=1) / column(g, "duration_s").mean()
-        ),
-        "one step: MOS": over(lambda g: gain_of_one_step(g, "mos")),
-        "one step: DNSMOS": over(lambda g: gain_of_one_step(g, "dnsmos")),
-        **words,
+        "own voice nearest (share)": lambda g: float(np.mean([row["nearest_voice"] == row["voice"] for row in g])),
     }
 
 

@@ -51,7 +51,7 @@ def run(seed: int, limit: str, out: Path) -> dict[str, Any]:
 
 def markdown(runs: Sequence[Mapping[str, Any]]) -> str:
     """A line a run: minutes, changes with their intervals, what the guards say; then how often each verdict came."""
-    heads = ["seed", "instructions", "minutes", "DistillMOS", "DNSMOS", *SHOWN.values(), "verdict"]
+    heads = ["seed", "instructions", "minutes", "reward", "DNSMOS", *SHOWN.values(), "verdict"]
     rows = [heads, ["---"] * len(heads), *(_row(one) for one in runs)]
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
     counts = Counter(one["verdict"]["overall"] for one in runs).most_common()

@@ -5,7 +5,7 @@
     accelerate launch recipes/drlx.py --config recipes/configs/NAME.yaml         a run from a file, flags go over it
     accelerate launch --multi_gpu --num_processes 2 recipes/drlx.py              data parallel, on GPUs or (gloo) CPUs
 
-Without --config the file is recipes/configs/demo.yaml: DRaFT-1 with LoRA on the bundled 12 M parameter policy towards
+Without --config the file is recipes/configs/demo.yaml: DRaFT with LoRA on the bundled 12 M parameter policy towards
 DistillMOS and clear words, minutes on two CPU cores; docs/demo.md says what it reaches.
 """
 
@@ -38,8 +38,10 @@ DEMO = Path(__file__).parent / "configs/demo.yaml"
 
 def main(argv: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if argv is None else argv)
-    if not any(item.split("=")[0] == "--config" for item in given):
-        given = ["--config", str(DEMO), *given]
+    flags = {item.split("=")[0] for item in given}
+    if "--config" not in flags:
+        # the demo's algorithm_kwargs are of the demo's algorithm
+        given = ["--config", str(DEMO), *(["--algorithm_kwargs", "{}"] if "--algorithm" in flags else []), *given]
     try:
         args, model_config = parse_arguments(given)
     except (ValueError, OSError) as error:

@@ -44,6 +44,14 @@ def test_the_recipe_without_config_is_the_demo_and_flags_go_over_it(monkeypatch:
         drlx["main"](["--max_steps", "3"])
     args, peft_config = seen[0]
     assert (args.max_steps, args.sampling_steps) == (3, demo["sampling_steps"]) and peft_config is not None
+    assert args.algorithm_options == {"grad_steps": None}
+    for flags, options in (
+        (["--algorithm=refl"], {}),
+        (["--algorithm", "draft", "--algorithm_kwargs", '{"grad_steps": 2}'], {"grad_steps": 2}),
+    ):
+        with pytest.raises(SystemExit):
+            drlx["main"](flags)
+        assert seen[-1][0].algorithm_options == options
 
 
 def test_the_command_line_goes_over_yaml_goes_over_defaults(tmp_path: Path) -> None:
