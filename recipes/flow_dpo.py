@@ -10,9 +10,9 @@ Trains LoRA on the bundled policy with recipes/configs/flow_dpo.yaml, any field 
 as in recipes/drlx.py: held-out prompts before and after, report.html, policy/. The rewards are judges here, except
 online, where they rank. Leaves out: making pairs (`rlhf-mel pairs`), answering them (`rlhf-mel annotate`).
 Hardware: two CPU cores, or a GPU; an update of 8 pairs is 16 velocities with their gradients and 16 of the reference.
-Number to expect: `loss` begins at log 2 = 0.69 (times the mean weight of the pairs), `rewards/accuracies` rises
-from 0.5 (at the very first update it is 0: all rewards are), `chosen_error` stays about where it was. Where it rises,
-lower learning_rate or set sft_weight: --algorithm_kwargs '{"sft_weight": 500}'.
+Number to expect: `loss` begins at log 2 = 0.69, whatever the pairs weigh; `rewards/accuracies` rises from 0.5 (at the
+very first update it is 0: all rewards are), `chosen_error` stays about where it was. Where it rises, lower
+learning_rate or set sft_weight: --algorithm_kwargs '{"sft_weight": 500}'.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """Flow-DPO: of two clips of one prompt, fit the preferred one better than the reference does, and the other one worse.
 
     z = r(chosen) - r(rejected) - margin_scale margin                      r: implicit rewards, see families/pairs.py
-    loss = mean of weight (-p log sigma(z) - (1 - p) log sigma(-z)) + sft_weight mean of weight |v_theta - u|^2(chosen)
+    loss = mean of -p log sigma(z) - (1 - p) log sigma(-z) + sft_weight mean of |v_theta - u|^2(chosen)
 
 p, the soft label, is the share of the votes for the chosen clip (Conservative DPO); without votes it is 1, and the
-first term the paper's. The mean is over draws of time and noise outside of log sigma, as in the paper.
+first term the paper's. The means are over pairs by their weight, sum w (...) / sum w in a micro-batch
+(families/pairs.py), and over draws of time and noise outside of log sigma, as in the paper.
 
-At the start z is 0 and the loss log 2 (without margins). Its gradient is then (p - 1/2) beta / 2 times that of the
-chosen clip's error less the rejected one's: with beta 2000 and p = 1 the chosen one's error has the weight 500, which
-is what sft_weight has to be compared with. The first term also falls where both clips fit worse and the rejected one
-more, so watch `chosen_error`; sft_weight holds it down (RPO; Reg-DPO found that video models need it).
+At the start z is 0 and the loss log 2 (without margins), whatever the weights. Its gradient is then (p - 1/2) beta / 2
+times that of the chosen clip's error less the rejected one's: with beta 2000 and p = 1 the chosen one's error has the
+weight 500, which is what sft_weight has to be compared with. The first term also falls where both clips fit worse and
+the rejected one more, so watch `chosen_error`; sft_weight holds it down (RPO; Reg-DPO found that video models need it).
 
 On a data set: --train_preferences PATH. On the policy's own rollouts, ranked by the rewards:
 --algorithm_kwargs '{"online": true}' --num_generations 8 --num_iterations 4.

@@ -1,7 +1,7 @@
 """Flow-KTO: each clip by itself is good or bad, and is to fit better, or worse, than a reference point.
 
     z_0 = max(0, mean of r over the batch), without gradient               r: implicit rewards, families/clip_fit.py
-    loss = mean of weight lambda (1 - U(r - z_0)) of desirable clips, lambda (1 - U(z_0 - r)) of undesirable ones
+    loss = mean by weight of lambda (1 - U(r - z_0)) of desirable clips, lambda (1 - U(z_0 - r)) of undesirable ones
 
 U is the utility: "kahneman_tversky" sigma(x), whose gradient fades for gains and for losses alike; "loss_averse" log
 sigma(x), which goes on pulling at what fits badly; "risk_seeking" -log sigma(-x), which goes on at what fits well.

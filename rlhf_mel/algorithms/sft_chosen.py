@@ -1,6 +1,6 @@
 """SFT on the chosen clips: plain flow matching, the control that a method of preferences has to be better than.
 
-    loss = mean of weight |v_theta(x_t, t) - u|^2(chosen) + beta mean of |v_theta - v_ref|^2(chosen)
+    loss = mean by weight of |v_theta(x_t, t) - u|^2(chosen) + beta mean by weight of |v_theta - v_ref|^2(chosen)
 
 What a preference teaches beyond "this is good speech" is what Flow-DPO gains over this. Same data, order, options and
 draws as there (families/pairs.py); rejected clips, soft labels and margins are not looked at. beta is the weight of the

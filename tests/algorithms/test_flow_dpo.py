@@ -34,6 +34,7 @@ from rlhf_mel.algorithms.flow_dpo import FlowDPO, dpo_loss
 from rlhf_mel.algorithms.flow_kto import FlowKTO, kto_loss, reference_point
 from rlhf_mel.flow.reference import ReferencePolicy
 from rlhf_mel.pipeline import Pipeline
+from rlhf_mel.rewards.bradley_terry import preference_loss
 
 
 def test_the_loss_by_hand() -> None:
@@ -54,11 +55,25 @@ def test_the_gradient_of_the_loss_is_sigma_minus_the_label() -> None:
     torch.testing.assert_close(z.grad, z.detach().sigmoid() - labels)
 
 
-def test_pairs_with_a_weight_are_averaged() -> None:
-    """(2 * mean(1, 3) + 0.5 * 4) / 2: the third has no weight."""
-    values = torch.tensor([[1.0, 4.0, 7.0], [3.0, 4.0, 7.0]])
-    assert weighted_mean(values, torch.tensor([2.0, 0.5, 0.0])).item() == pytest.approx(3.0)
-    assert weighted_mean(values, torch.zeros(3)).item() == 0
+def test_the_mean_over_pairs_is_by_their_weights() -> None:
+    """(2 * mean(1, 3) + 0.5 * 4) / 2.5 = 2.4: the third has no weight, and 15 times the weights change nothing."""
+    values = torch.tensor([[1.0, 4.0, 7.0], [3.0, 4.0, 7.0]], requires_grad=True)
+    weights = torch.tensor([2.0, 0.5, 0.0])
+    assert weighted_mean(values, weights).item() == pytest.approx(2.4)
+    assert weighted_mean(values, 15 * weights).item() == pytest.approx(2.4)
+    none = weighted_mean(values, torch.zeros(3))
+    none.backward()
+    assert none.item() == 0 and values.grad is not None and (values.grad == 0).all()
+
+
+def test_it_is_the_mean_of_the_reward_model() -> None:
+    """preference_loss of the same differences, labels and weights, with one member."""
+    generated = generator(3)
+    chosen, rejected = torch.randn(2, 5, 1, generator=generated)
+    labels, weights = torch.rand(2, 5, generator=generated)
+    weights = 15 * weights
+    want, _ = preference_loss(chosen, rejected, soft_labels=labels, margins=torch.zeros(5), weights=weights)
+    torch.testing.assert_close(weighted_mean(dpo_loss((chosen - rejected).T, labels), weights), want)
 
 
 def test_implicit_rewards_by_hand() -> None:
@@ -89,7 +104,7 @@ def test_errors_are_those_of_each_clip_alone(lora: bool) -> None:
     rewards = -10.0 * (errors - of_reference)
     z = rewards[:, :3] - rewards[:, 3:]
     p = pairs().soft_labels
-    want = (pairs().weights * (p * (1 + (-z).exp()).log() + (1 - p) * (1 + z.exp()).log()).mean(0)).sum() / 3
+    want = (pairs().weights * (p * (1 + (-z).exp()).log() + (1 - p) * (1 + z.exp()).log()).mean(0)).sum() / 3.5
     want.backward()
     torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-6)
     expected = gradient(trained)
@@ -143,7 +158,7 @@ def test_where_policy_and_reference_are_one_the_loss_is_log_2() -> None:
     trained = tiny_policy()
     pipeline = parts(trained, ReferencePolicy(trained))
     algorithm: Any = load_algorithm("flow_dpo", {"num_noise_samples": 2}, beta=2000.0)
-    batch = replace(pairs(), weights=torch.ones(3))
+    batch = replace(pairs(), weights=torch.full((3,), 15.0))  # 15 votes each
     loss, logged = algorithm.loss(pipeline, algorithm.collect_pairs(pipeline, batch, generator()), generator(1))
     assert loss.item() == pytest.approx(LOG2, rel=1e-6)
     assert all((logged[f"rewards/{name}"] == 0).all() for name in ("chosen", "rejected", "margins", "accuracies"))
@@ -166,7 +181,7 @@ def test_a_tie_has_no_gradient_at_the_start_and_no_direction_ever() -> None:
         algorithm.loss(later, algorithm.collect_pairs(later, batch, generator()), generator(1))[0].item()
         for batch in (tie, swapped)
     ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] > LOG2 * 1.001 * 3.5 / 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] > LOG2 * 1.001
 
 
 def test_margins_ask_for_more() -> None:
@@ -184,7 +199,7 @@ def test_margins_ask_for_more() -> None:
 
 
 def test_the_winner_term_is_the_error_of_the_chosen_clips_and_so_is_sft() -> None:
-    """sft_weight 3 adds 3 mean w |v - u|^2(chosen); sft_chosen is that alone, and beta its anchor's weight."""
+    """sft_weight 3 adds 3 times the mean |v - u|^2(chosen); sft_chosen is that alone, and beta its anchor's weight."""
     trained, reference = moved()
     pipeline = parts(trained, ReferencePolicy(reference))
     batch = pairs(rejected=sound(CHOSEN, 2))  # of equal length, so that all draw the same noise
@@ -200,9 +215,9 @@ def test_the_winner_term_is_the_error_of_the_chosen_clips_and_so_is_sft() -> Non
         values.append(algorithm.loss(pipeline, collected, generator(1)))
     without, with_term, sft, anchored = (loss.item() for loss, _ in values)
     errors, anchors = values[0][1]["chosen_error"], values[0][1]["anchor"][:3]
-    mean = (batch.weights * errors).sum().item() / 3
+    mean = (batch.weights * errors).sum().item() / 3.5  # = 1 + 2 + 0.5
     assert with_term - without == pytest.approx(3 * mean, rel=1e-4) and sft == pytest.approx(mean, rel=1e-5)
-    assert anchored - sft == pytest.approx(0.5 * (batch.weights * anchors).sum().item() / 3, rel=1e-3)
+    assert anchored - sft == pytest.approx(0.5 * (batch.weights * anchors).sum().item() / 3.5, rel=1e-3)
     assert not {key for key in values[2][1] if key.startswith("rewards/")}
 
 

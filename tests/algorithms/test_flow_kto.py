@@ -62,7 +62,7 @@ def test_kto_takes_a_pair_as_two_labels() -> None:
     x = rewards - rewards.mean().clamp(min=0)
     d = collected.desirable
     each = 2 * d * (1 - x.sigmoid()) + (1 - d) * (1 - (-x).sigmoid())
-    assert loss.item() == pytest.approx((collected.weights * each).sum().item() / 6, rel=1e-4)
+    assert loss.item() == pytest.approx((collected.weights * each).sum().item() / 7, rel=1e-4)  # 2 * 3.5
     assert logged["reference_point"].item() == pytest.approx(max(rewards.mean().item(), 0.0), rel=1e-3, abs=1e-5)
 
 

@@ -21,6 +21,9 @@ compromise, the root of one equation. tests/algorithms/test_pairs_optimum.py tra
 the worst of these, and `num_iterations` updates learn from the pairs before the policy speaks again. Where the rewards
 do not tell two rollouts apart, the pair has the weight 0 and is counted in `dropped_pairs`.
 
+Weights: a loss is sum w loss / sum w over the pairs of a micro-batch (`weighted_mean`), as that of a reward model is,
+so that a data set of 15 votes a pair begins at log 2 like one of a vote each.
+
 References: Liu et al. 2025, Improving Video Generation with Human Feedback (Flow-DPO), arXiv 2501.13918; stored noise:
 Lu et al. 2026, PNAPO, arXiv 2605.09433; online: Guo et al. 2024, Direct Language Model Alignment from Online AI
 Feedback, arXiv 2402.04792. Names of metrics: TRL's DPOTrainer.
@@ -98,7 +101,7 @@ class Pairs:
     margins: Float[Tensor, " b"]
     """How much better it was called, in a unit of the data set."""
     weights: Float[Tensor, " b"]
-    """0: the pair teaches nothing."""
+    """How much a pair counts beside the others, at least 0; 0: it teaches nothing."""
     metrics: Mapping[str, Tensor]
     """What to log with every update that they are used for."""
 
@@ -238,8 +241,14 @@ def best_and_worst(clips: Clips, samples: Samples) -> Pairs:
 
 
 def weighted_mean(values: Float[Tensor, "n b"], weights: Float[Tensor, " b"]) -> Float[Tensor, ""]:
-    """Mean of weight times value over draws, and over the rows with a weight; 0 without any."""
-    return (weights * values.mean(0)).sum() / (weights != 0).sum().clamp(min=1)
+    """sum w value / sum w over the rows, of the mean over draws: the size of the weights has no effect; 0 without any.
+
+    As preference_loss of rewards/bradley_terry.py: of the rows of one micro-batch on one device. Accumulation and data
+    parallel training then average these means, so that a row counts beside those of its own micro-batch by its weight,
+    and each micro-batch as much as any other, whatever its weights add up to.
+    """
+    tiniest = torch.finfo(weights.dtype).tiny
+    return (weights * values.mean(0)).sum() / weights.sum().clamp(min=tiniest)
 
 
 def reward_metrics(chosen: Float[Tensor, "n b"], rejected: Float[Tensor, "n b"]) -> Metrics:
