@@ -94,8 +94,8 @@ def test_slips_are_a_tenth_and_stay_what_they_are() -> None:
 
 
 def test_answers_go_through_the_storage_of_the_page(tmp_path: Path) -> None:
-    """Of each decided pair the louder clip is chosen, except where the annotator slipped; ties are ties."""
-    annotator = loop.Annotator(rule=level_db, least_difference=1.0, wrong=0.4, seed=3)
+    """Of each decided pair the louder clip is chosen, except where it slipped; ties are ties, pair 6 despite a slip."""
+    annotator = loop.Annotator(rule=level_db, least_difference=1.0, wrong=0.4, seed=2)
     asked = labelling(tmp_path)
     counts = annotator.answer_all(asked)
     export(asked, tmp_path / "preferences")
@@ -119,7 +119,7 @@ def test_an_annotator_goes_on_and_hears_every_clip_once(tmp_path: Path) -> None:
         heard.append(level_db(clip, rate_hz))
         return heard[-1]
 
-    annotator = loop.Annotator(rule=rule, least_difference=1.0, wrong=0.4, seed=3)
+    annotator = loop.Annotator(rule=rule, least_difference=1.0, wrong=0.4, seed=2)
     step = labelling(tmp_path).next_step(loop.ANNOTATOR)
     assert step is not None
     labelling(tmp_path).answer(step, "both_bad")
@@ -136,7 +136,7 @@ def test_what_is_exported_measures_a_known_scorer(tmp_path: Path) -> None:
     for wrong, name in ((0.0, "right"), (0.4, "slips")):
         folder = tmp_path / name
         folder.mkdir()
-        annotator = loop.Annotator(rule=level_db, least_difference=1.0, wrong=wrong, seed=3)
+        annotator = loop.Annotator(rule=level_db, least_difference=1.0, wrong=wrong, seed=2)
         counts = annotator.answer_all(labelling(folder))
         export(labelling(folder), folder / "preferences")
         data = load_preferences(folder / "preferences")
