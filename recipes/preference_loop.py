@@ -24,7 +24,7 @@ Hardware: a GPU and 16 cores, minutes for three seeds; two CPU cores, an hour a 
     python recipes/preference_loop.py --out runs/preference_loop --seeds 1 2 3 --jobs 3
     python recipes/preference_loop.py --out runs/whisper_loop --encoder models/whisper-base      the body "whisper"
     python recipes/preference_loop.py --out runs/other --dpo_args="--learning_rate 3e-4"         any option of a stage
-Numbers to expect: docs/preferences.md.
+Numbers so far, of one part: docs/preferences.md.
 """
 
 from __future__ import annotations
