@@ -34,7 +34,7 @@ thead th { color: var(--soft); font-weight: 500; font-size: .85rem; }
 thead th:nth-child(7) { text-align: left; }
 tbody th { padding-top: 1.1rem; font-size: .85rem; font-weight: 600; }
 tbody.trained td { background: color-mix(in srgb, var(--trained) 9%, transparent); }
-td.words { font-size: .87rem; color: var(--soft); white-space: normal; }
+td.words { font-size: .87rem; color: var(--soft); white-space: normal; min-width: 7rem; }
 td.good { color: var(--good); } .bad, td.bad { color: var(--bad); }
 figure svg { width: 100%; min-width: 36rem; height: auto; font-family: inherit; }
 article { background: var(--panel); border-radius: 10px; padding: 1rem 1.1rem; margin-top: 1rem; }
