@@ -370,7 +370,7 @@ def test_kept_activations_give_the_same_gradient_without_a_second_run(tmp_path: 
         first.append(metrics(folder)[0])
         assert f"activation_checkpointing: {str(recompute).lower()}" in (folder / "config.yaml").read_text()
     assert ran[0] == 2 * ran[1] > 0  # all three steps of each solve run once more in backward()
-    assert first[0]["loss"] == first[1]["loss"]
+    assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-5)
     assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-4)
 
 
