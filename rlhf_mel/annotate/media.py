@@ -10,37 +10,21 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-import torchaudio
 from jaxtyping import Float
 from torch import Tensor
 
 from rlhf_mel.evaluation.report_media import image, mel_of, player
 from rlhf_mel.flow.noise import seeded
+from rlhf_mel.speech.audio import loudness_lufs
 
 TARGET_LUFS = -23.0
 PEAK = 0.98
 """Highest sample of what is played."""
 
-_BLOCK_S = 0.4
-"""Block of BS.1770, which the shortest clip has to fill."""
-
-
-def loudness_lufs(waveform: Float[Tensor, " s"], rate_hz: int) -> float:
-    """Loudness of a mono clip by BS.1770-4; -inf of silence. A clip of less than 0.4 s is repeated to that length.
-
-    The clip is measured at a peak of 0.1: torchaudio's filters clip at full scale, which loud clips would reach.
-    """
-    peak = float(waveform.abs().max())
-    if peak == 0:
-        return -math.inf
-    scaled = (waveform * (0.1 / peak)).double()
-    scaled = scaled.repeat(math.ceil(_BLOCK_S * rate_hz / len(scaled)))
-    return float(torchaudio.functional.loudness(scaled[None], rate_hz)) + 20 * math.log10(peak / 0.1)
-
 
 def equally_loud(clips: Sequence[Float[Tensor, " _"]], rate_hz: int) -> list[Float[Tensor, " _"]]:
     """The clips at one loudness, TARGET_LUFS or the most at which no peak passes PEAK; silence stays."""
-    loudness = [loudness_lufs(clip, rate_hz) for clip in clips]
+    loudness = [float(loudness_lufs(clip, rate_hz)) for clip in clips]
     heard = [(clip, level) for clip, level in zip(clips, loudness, strict=True) if math.isfinite(level)]
     highest = [level + 20 * math.log10(PEAK / float(clip.abs().max())) for clip, level in heard]
     target = min([TARGET_LUFS, *highest])

@@ -113,9 +113,10 @@ class ConvNeXtV2Block(nn.Module):
         self.pwconv2 = nn.Linear(hidden_dim, dim)
 
     @override
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+    def forward(self, x: Float[Tensor, "b n d"], inside: Bool[Tensor, "b n"] | None = None) -> Float[Tensor, "b n d"]:
+        """`inside`: frames that count in the response norm; None: all."""
         hidden = self.dwconv(x.transpose(1, 2)).transpose(1, 2)
-        hidden = self.grn(F.gelu(self.pwconv1(self.norm(hidden))))
+        hidden = self.grn(zero_padding(F.gelu(self.pwconv1(self.norm(hidden))), inside))
         out: Tensor = x + self.pwconv2(hidden)
         return out
 
@@ -227,8 +228,8 @@ class AttentionConfig:
     pe_attn_head: int | None = None
     """How many heads get rotary positions; None: all. Not of MMDiT."""
     attn_mask_enabled: bool = False
-    """Whether padding is hidden from attention. False in every released F5-TTS model: padded frames are attended to, so
-    only batches of one duration give each item what it gives alone."""
+    """Whether padding is hidden from attention. False in every released F5-TTS model: padded frames are attended to,
+    unless a velocity is asked to be `exact`."""
 
 
 class SelfAttention(nn.Module):
@@ -260,10 +261,10 @@ class SelfAttention(nn.Module):
 
     @override
     def forward(
-        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None, rope: Rope
+        self, x: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"] | None, rope: Rope, exact: bool = False
     ) -> Float[Tensor, "b n d"]:
         query, key, value = self.turned(x, rope)
-        attended = mask[:, None, None, :] if self.attn_mask_enabled and mask is not None else None
+        attended = mask[:, None, None, :] if (self.attn_mask_enabled or exact) and mask is not None else None
         x = attention(query, key, value, attended)
         project_out, dropout = self.to_out
         return zero_padding(dropout(project_out(x)), mask)
@@ -297,14 +298,16 @@ class JointAttention(nn.Module):
         text_mask: Bool[Tensor, "b t"],
         rope: Rope,
         text_rope: Rope,
+        exact: bool = False,
     ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b t d"] | None]:
         """What is added to the frames x and to the text; None for a text that no later block reads."""
         audio = self._heads(x, (self.to_q, self.to_k, self.to_v), (self.q_norm, self.k_norm), rope)
         words = self._heads(text, (self.to_q_c, self.to_k_c, self.to_v_c), (self.c_q_norm, self.c_k_norm), text_rope)
         query, key, value = (torch.cat(pair, dim=1) for pair in zip(audio, words, strict=True))
         attended = None
-        if self.attn_mask_enabled and mask is not None:
-            attended = torch.cat((mask, text_mask), dim=1)[:, None, None, :]
+        if exact or (self.attn_mask_enabled and mask is not None):
+            frames_mask = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask
+            attended = torch.cat((frames_mask, text_mask), dim=1)[:, None, None, :]
         joint = attention(query, key, value, attended)
         project_out, dropout = self.to_out
         for_frames = zero_padding(dropout(project_out(joint[:, : x.shape[1]])), mask)

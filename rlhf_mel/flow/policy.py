@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
 from rlhf_mel.flow.noise import Generators, item_generators, of_rows
-from rlhf_mel.flow.ode import GradSteps, solve
+from rlhf_mel.flow.ode import WHOLE_METHODS, GradSteps, solve
 from rlhf_mel.flow.recompute import PureVelocity, Rerun, Velocity, Weights
 from rlhf_mel.modules import keep_mode, modules_of, set_modes, weights_of
 from rlhf_mel.types import Prompts, Rollout
@@ -107,6 +107,16 @@ class DrawsTiming(Protocol):
         ...
 
 
+@runtime_checkable
+class MixesDurations(Protocol):
+    """What a policy may have besides: items of several durations in one batch, each as it would be alone."""
+
+    @property
+    def mixes_durations(self) -> bool:
+        """Whether `encode` takes prompts of several total durations now; states are zero beyond each."""
+        ...
+
+
 class PolicyWrapper(nn.Module):
     """A policy around another one, and a Policy itself: what a subclass does not change is the other's.
 
@@ -132,6 +142,11 @@ class PolicyWrapper(nn.Module):
     def draws_timing(self) -> bool:
         """Of the policy inside."""
         return isinstance(self.policy, DrawsTiming) and self.policy.draws_timing
+
+    @property
+    def mixes_durations(self) -> bool:
+        """Of the policy inside."""
+        return isinstance(self.policy, MixesDurations) and self.policy.mixes_durations
 
     def inner(self, cond: Any) -> Any:
         """The condition of the policy inside."""
@@ -213,9 +228,8 @@ def rollout(
 ) -> Rollout:
     """Sample from the policy: the generated mel of each prompt, with gradients unless `grad_steps=0`.
 
-    Each item is what it would be alone: items of one total duration are solved together, others apart, since
-    padding changes what attention and the text embedding compute. Runs in eval mode (dropout would be noise
-    that no one scores), backward() included, and gives the caller's mode back.
+    Each item is what it would be alone, though many are solved together (see `rows_together`). Runs in eval mode
+    (dropout would be noise that no one scores), backward() included, and gives the caller's mode back.
 
     Args:
         generator: distinct noise for each item, seeded in the order of the prompts and drawn on the generator's
@@ -234,7 +248,7 @@ def rollout(
     constant = policy.velocity_without_gradient if isinstance(policy, PolicyWrapper) else None
     with evaluating(policy), torch.set_grad_enabled(differentiable):
         t = policy.timesteps(steps, sway_sampling_coef=sway_sampling_coef)
-        for rows in rows_by_duration(prompts):
+        for rows in rows_together(policy, prompts, method):
             cond = policy.encode(prompts.select(rows), cfg_strength=cfg_strength)
             states = solve(
                 velocity_as_now(policy, cond),
@@ -265,6 +279,32 @@ def with_durations(policy: Policy, prompts: Prompts, generators: Sequence[torch.
         seeds = [int(torch.randint(2**62, (), generator=each, device=each.device)) for each in generators]
         prompts = replace(prompts, timing_seeds=torch.tensor(seeds, device=prompts.reference_audio.device))
     return replace(prompts, durations_frames=policy.durations(prompts))
+
+
+MOST_PADDING = 0.2
+"""Frames of padding that a batch of several durations may have for each frame of its items."""
+
+
+def rows_together(policy: Velocities, prompts: Prompts, method: str = "euler") -> list[list[int]]:
+    """Places in the batch of the prompts that are solved together: of one total duration, or of several alike.
+
+    Several, if the policy can (`MixesDurations`), within MOST_PADDING. Adaptive solvers choose one step for the whole
+    batch, so theirs are of one duration.
+    """
+    groups = rows_by_duration(prompts)
+    if not (isinstance(policy, MixesDurations) and policy.mixes_durations) or method in WHOLE_METHODS:
+        return groups
+    assert prompts.durations_frames is not None
+    frames = prompts.durations_frames.tolist()
+    together: list[list[int]] = []
+    for rows in sorted(groups, key=lambda rows: -frames[rows[0]]):
+        joined = [*together[-1], *rows] if together else rows
+        if len(joined) * frames[joined[0]] > (1 + MOST_PADDING) * sum(frames[row] for row in joined):
+            joined = rows
+        elif together:
+            together.pop()
+        together.append(joined)
+    return together
 
 
 def rows_by_duration(prompts: Prompts) -> list[list[int]]:

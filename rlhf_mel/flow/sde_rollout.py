@@ -4,8 +4,8 @@
     replay:   mean_theta(x) again, with gradients, at the states that were visited
 
 Noise enters only the frames that are the policy's work, and only they count in log-probabilities and divergences:
-never those of the reference clip, which follow the ODE. Prompts of one total duration are solved together, so no item
-is padded and each is what it would be alone (see policy.rollout). Log-probabilities are float32 at least, whatever the
+never those of the reference clip, which follow the ODE. Each item is what it would be alone, though many are solved
+together (see policy.rows_together). Log-probabilities are float32 at least, whatever the
 autocast around them. In a replay each velocity is checkpointed, even one alone: memory does not grow with the window,
 and the first run of each is by the kernels of the rollout.
 
@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rlhf_mel.flow.noise import Generators, branched, item_generators, item_noise, of_rows
-from rlhf_mel.flow.policy import Policy, collect_rollout, evaluating, rows_by_duration, velocity_as_now, with_durations
+from rlhf_mel.flow.policy import Policy, collect_rollout, evaluating, rows_together, velocity_as_now, with_durations
 from rlhf_mel.flow.recompute import PureVelocity, Velocity, differentiated
 from rlhf_mel.flow.reference import ReferencePolicy
 from rlhf_mel.flow.sde import SDE, Transition, mean_log_prob, solve_sde
@@ -33,7 +33,7 @@ from rlhf_mel.types import Prompts, Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """The random steps of b prompts of one total duration: w steps in the window, n frames, reference included."""
+    """The random steps of b prompts: w steps in the window, n frames, reference and padding included."""
 
     rows: Sequence[int]
     """Places of the b prompts in their batch."""
@@ -68,7 +68,7 @@ def sde_rollout(
     generator: Generators = None,
     shared_prior: bool = False,
 ) -> tuple[Rollout, list[Trajectory]]:
-    """Sample from the policy with noise in the steps of `window`; one trajectory for each total duration.
+    """Sample from the policy with noise in the steps of `window`; a trajectory for what was solved together.
 
     Noise x_0 is that of policy.rollout for the same generator.
 
@@ -85,11 +85,12 @@ def sde_rollout(
     trajectories = []
     with evaluating(policy):
         t = policy.timesteps(steps, sway_sampling_coef=sway_sampling_coef)
-        for rows in rows_by_duration(prompts):
+        for rows in rows_together(policy, prompts, method):
             grouped = prompts.select(rows)
             cond = policy.encode(grouped, cfg_strength=cfg_strength)
             x0 = policy.prior(cond, of_rows(priors, rows))
-            noise = partial(_noise_like, x0, of_rows(kicks, rows))
+            assert grouped.durations_frames is not None
+            noise = partial(_noise_like, x0, grouped.durations_frames.tolist(), of_rows(kicks, rows))
             velocity, moved = _velocity(policy, cond, x0.dtype), cond.generated
             states, transitions = solve_sde(velocity, x0, t, sde, noise, window=window, moved=moved, method=method)
             mel = policy.finalize(states[-1].to(x0.dtype), cond)
@@ -136,7 +137,7 @@ def _velocity(policy: Policy | ReferencePolicy, cond: Any, dtype: torch.dtype) -
     return replace(velocity, function=lambda x, t, cond: velocity.function(x.to(dtype), t, cond).to(x.dtype))
 
 
-def _noise_like(x0: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-    """Standard normal [b, T, M], at least float32, each item from its own generator."""
+def _noise_like(x0: Tensor, lengths_frames: Sequence[int], generators: Sequence[torch.Generator] | None) -> Tensor:
+    """Standard normal [b, T, M], at least float32, each item from its own generator, zero beyond its length."""
     dtype = torch.promote_types(x0.dtype, torch.float32)
-    return item_noise([x0.shape[1]] * len(x0), x0.shape[2], generators, x0.device, dtype)
+    return item_noise(lengths_frames, x0.shape[2], generators, x0.device, dtype)

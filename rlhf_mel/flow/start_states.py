@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
 from rlhf_mel.flow.noise import Generators
@@ -44,7 +44,7 @@ class Restarted(ExtendingWrapper):
 
     @override
     def extra(self, prompts: Prompts, *, cfg_strength: float) -> Float[Tensor, "b n m"]:
-        return torch.stack(list(prompts.columns[STATES]))
+        return pad_sequence(list(prompts.columns[STATES]), batch_first=True)
 
     @override
     def prior(self, cond: ExtendedCondition, generator: Generators = None) -> Float[Tensor, "b n m"]:

@@ -16,6 +16,7 @@ Waveforms are float in [-1, 1], [batch, samples]; all here is differentiable unl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -190,6 +191,25 @@ def rms(waveform: Float[Tensor, "b s"], lengths_samples: Int[Tensor, " b"] | Non
 def level_dbfs(waveform: Float[Tensor, "b s"], lengths_samples: Int[Tensor, " b"] | None = None) -> Float[Tensor, " b"]:
     """Level in dB re full scale, 20 log10(rms): a full-scale sine -3.01, digital silence -200."""
     return 20 * rms(waveform, lengths_samples).log10()
+
+
+LOUDNESS_BLOCK_S = 0.4
+"""Block of BS.1770, which the shortest clip has to fill."""
+
+
+def loudness_lufs(waveform: Float[Tensor, " s"], rate_hz: int) -> Float[Tensor, ""]:
+    """Loudness of a mono clip by ITU-R BS.1770-4 (K-weighted, gated), float64, differentiable.
+
+    -inf of silence. A clip of less than 0.4 s is repeated to that length. It is measured at a peak of 0.1, and gated
+    there: torchaudio's filters clip at full scale, which loud clips would reach.
+    """
+    peak = float(waveform.detach().abs().max())
+    if peak == 0:
+        return waveform.new_tensor(-math.inf, dtype=torch.float64)
+    scaled = (waveform * (0.1 / peak)).double()
+    scaled = scaled.repeat(math.ceil(LOUDNESS_BLOCK_S * rate_hz / len(scaled)))
+    loudness: Tensor = torchaudio.functional.loudness(scaled[None], rate_hz) + 20 * math.log10(peak / 0.1)
+    return loudness
 
 
 def load_audio(

@@ -15,10 +15,10 @@ from pair_tables import encoded, labelling_of, pair_rows, tone
 
 from rlhf_mel.annotate import page
 from rlhf_mel.annotate.labelling import Labelling
-from rlhf_mel.annotate.media import loudness_lufs
 from rlhf_mel.annotate.server import POLICY, TokenGate, build_app, token_for
 from rlhf_mel.annotate.store import Answers
 from rlhf_mel.annotate.tasks import Pairs
+from rlhf_mel.speech.audio import loudness_lufs
 from rlhf_mel.storage import ASSETS
 
 WHERE, PAIR, QUESTION, NOTICE = 0, 5, 6, 7
@@ -87,7 +87,7 @@ def test_the_clips_are_equally_loud_whatever_their_rate(tmp_path: Path) -> None:
     labelling = Labelling(Pairs([row]), Answers(tmp_path / "a.sqlite"), check_share=0)
     heard = sounds(begun(labelling)[1 + PAIR])
     assert [rate_hz for _, rate_hz in heard] == [24_000] * 3
-    assert [loudness_lufs(*clip) for clip in heard] == pytest.approx([-23] * 3, abs=0.01)  # 16-bit rounding
+    assert [float(loudness_lufs(*clip)) for clip in heard] == pytest.approx([-23] * 3, abs=0.01)  # 16-bit rounding
 
 
 def test_the_page_does_not_say_which_clip_is_which(tmp_path: Path) -> None:

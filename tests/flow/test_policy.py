@@ -4,22 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from peft import LoraConfig
-from problems import AVERAGE, V0, V1, LinearGaussianFlow, tiny_cfm, tiny_policy, tiny_prompts
+from problems import (
+    AVERAGE,
+    MEL,
+    TINY_MMDIT,
+    TINY_UNETT,
+    V0,
+    V1,
+    VOCABULARY,
+    LinearGaussianFlow,
+    reinitialise,
+    tiny_cfm,
+    tiny_policy,
+    tiny_prompts,
+)
 from torch import Tensor
 from torch.testing import assert_close
 
+from rlhf_mel.f5.backbones.mmdit import MMDiT
+from rlhf_mel.f5.backbones.unett import UNetT
 from rlhf_mel.f5.cfm import CFM
 from rlhf_mel.flow.lora import add_lora
 from rlhf_mel.flow.noise import item_generators
 from rlhf_mel.flow.ode import timesteps
-from rlhf_mel.flow.policy import rollout
+from rlhf_mel.flow.policy import rollout, rows_together
 from rlhf_mel.flow.reference import ReferencePolicy
-from rlhf_mel.speech.text import CharTokenizer
+from rlhf_mel.speech.text import CharTokenizer, load_tokenizer
 from rlhf_mel.types import Prompts, Rollout
 
 pytestmark = pytest.mark.rounding
@@ -45,27 +61,68 @@ def gradients(policy: CFM, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
 # One item is what it is alone.
 
 
-@pytest.mark.parametrize("flags", [V1, V0, {**V1, **AVERAGE}], ids=["v1", "v0", "average upsampling"])
-def test_a_batch_gives_each_item_what_it_gives_alone(flags: dict) -> None:
-    """Values and gradients, for unequal references, texts and durations."""
-    policy, prompts = tiny_policy(flags).double(), tiny_prompts()
-    together = speak(policy)
+def small_policy(backbone: str, flags: dict) -> CFM:
+    """A policy of random weights that read prompts, on any backbone, in float64."""
+    if backbone == "DiT":
+        return tiny_policy(flags).double()
+    build, sizes = {"UNetT": (UNetT, TINY_UNETT), "MMDiT": (MMDiT, TINY_MMDIT)}[backbone]
+    network = build(**{**sizes, **flags})
+    reinitialise(network)
+    options = dict(mel_spec_kwargs=MEL, vocab_char_map=dict(VOCABULARY), tokenizer=load_tokenizer("char"))
+    return CFM(network, **options).double()
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+@pytest.mark.parametrize(
+    ("backbone", "flags"),
+    [
+        ("DiT", V1),
+        ("DiT", V0),
+        ("DiT", {**V1, **AVERAGE}),
+        ("DiT", {**V1, "attn_mask_enabled": True}),
+        ("UNetT", {}),
+        ("UNetT", {"conv_layers": 2, "text_mask_padding": False}),
+        ("MMDiT", {}),
+        ("MMDiT", {"text_mask_padding": False}),
+    ],
+    ids=str,
+)
+def test_a_batch_gives_each_item_what_it_gives_alone(backbone: str, flags: dict, guidance: float) -> None:
+    """Values and gradients, for unequal references, texts and durations, all solved together."""
+    policy, prompts = small_policy(backbone, flags), tiny_prompts()
+    policy.mix_durations_on_cpu = True
+    assert len(rows_together(policy, prompts)) == 1
+    say = partial(speak, cfg_strength=guidance)
+    together = say(policy)
     assert together.lengths_frames.tolist() == [17, 15, 17]
     assert together.mel.shape == (3, 17, 8) and together.mel[1, 15:].abs().max() == 0
-    summed = gradients(policy, lambda: speak(policy).mel.square().sum())
+    summed = gradients(policy, lambda: say(policy).mel.square().sum())
     alone: dict[str, Tensor] = {}
     for row in range(3):
-        single = speak(policy, prompts.select([row]), generator=[generators(3)[row]])
+        single = say(policy, prompts.select([row]), generator=[generators(3)[row]])
         length = int(together.lengths_frames[row])
         assert_close(together.mel[row, :length], single.mel[0], rtol=1e-12, atol=1e-12)
 
         def loss(row: int = row) -> Tensor:
-            return speak(policy, prompts.select([row]), generator=[generators(3)[row]]).mel.square().sum()
+            return say(policy, prompts.select([row]), generator=[generators(3)[row]]).mel.square().sum()
 
         for name, gradient in gradients(policy, loss).items():
             alone[name] = alone.get(name, 0) + gradient
     for name, gradient in summed.items():
         assert (gradient - alone[name]).norm() <= 1e-12 * gradient.norm(), name
+
+
+def test_what_is_solved_together_has_little_padding() -> None:
+    """Longest first, a frame of padding for five of speech: 10 for 170, but with 25 frames more 45 for 195."""
+    frames = [22, 60, 50, 25, 60, 12]
+    prompts = tiny_prompts().select([0, 1, 2, 0, 1, 2])
+    prompts = replace(prompts, durations_frames=torch.tensor(frames))
+    policy = tiny_policy()
+    assert sorted(rows_together(policy, prompts)) == [[0], [1, 4], [2], [3], [5]]
+    policy.mix_durations_on_cpu = True
+    assert rows_together(policy, prompts) == [[1, 4, 2], [3, 0], [5]]
+    assert sorted(rows_together(policy, prompts, "dopri5")) == [[0], [1, 4], [2], [3], [5]]
+    assert sorted(rows_together(policy.speed_up(compiled=False), prompts)) == [[0], [1, 4], [2], [3], [5]]
 
 
 def test_a_rollout_is_the_generated_part_of_a_sample() -> None:
@@ -250,8 +307,8 @@ def test_bad_prompts_are_named(changes: dict, message: str) -> None:
 
 
 def test_encode_refuses_what_it_cannot_do() -> None:
-    with pytest.raises(ValueError, match=r"one total duration, got \[30, 24, 30\] .* policy.rollout"):
-        tiny_policy().encode(tiny_prompts())
+    with pytest.raises(ValueError, match=r"one total duration after speed_up, got \[30, 24, 30\] .* policy.rollout"):
+        tiny_policy().speed_up(compiled=False).encode(tiny_prompts())
     with pytest.raises(ValueError, match=r"expected a tokenizer to read prompts with, got none"):
         tiny_cfm().encode(tiny_prompts().select([0]))
     policy, prompts = tiny_policy(), tiny_prompts().select([0])

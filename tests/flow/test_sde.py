@@ -229,21 +229,30 @@ def test_a_rollout_without_noise_is_the_policys(kind: str) -> None:
     assert torch.equal(same.mel, plain.mel) and torch.equal(same.lengths_frames, plain.lengths_frames)
 
 
-def test_each_item_is_what_it_would_be_alone_and_noise_differs() -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_each_item_is_what_it_would_be_alone_and_noise_differs(mixed: bool) -> None:
     policy, prompts = tiny_policy().train(), tiny_prompts(texts=["bad cab", "a fig", "bad cab"])
     prompts = replace(prompts, reference_texts=["feed me", "jam", "feed me"])
     prompts.reference_audio[2] = prompts.reference_audio[0]
+    policy.mix_durations_on_cpu = mixed
     options = dict(sde=SDE(), window=range(1, 4), steps=5)
     spoken, trajectories = sde_rollout(policy, prompts, generator=torch.Generator().manual_seed(3), **options)
-    assert policy.training and [trajectory.rows for trajectory in trajectories] == [[0, 2], [1]]
+    rows_of = [trajectory.rows for trajectory in trajectories]
+    assert policy.training and rows_of == ([[0, 2, 1]] if mixed else [[0, 2], [1]])
     assert not torch.allclose(spoken.mel[0], spoken.mel[2], atol=0.1), "one prompt twice: two different rollouts"
     states = trajectories[0].states
     assert (states[:, 0] - states[:, 1]).abs().mean() > 0.1
 
     for rows in ([0, 2], [1], [2]):
         own = item_generators(torch.Generator().manual_seed(3), 3)
-        alone, _ = sde_rollout(policy, prompts.select(rows), generator=[own[row] for row in rows], **options)
+        alone, again = sde_rollout(policy, prompts.select(rows), generator=[own[row] for row in rows], **options)
+        log_probs = {
+            row: trajectory.mean_log_probs[:, item]
+            for trajectory in trajectories
+            for item, row in enumerate(trajectory.rows)
+        }
         for item, row in enumerate(rows):
+            assert_close(again[0].mean_log_probs[:, item], log_probs[row], rtol=1e-5, atol=1e-5)
             frames = int(spoken.lengths_frames[row])
             assert_close(alone.mel[item, :frames], spoken.mel[row, :frames], rtol=1e-5, atol=1e-5)
 

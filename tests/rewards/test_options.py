@@ -137,6 +137,8 @@ def test_help_and_the_guide_list_every_option(name: str, capsys: pytest.CaptureF
         assert option.meaning in listed
         if option.default is inspect.Parameter.empty:
             assert default == "required" and f"    {option.name}\n" in listed
+        elif option.default is None:
+            assert default == "None"
         else:
             assert type(option.default)(default) == option.default
             assert f"    {option.name} = {option.default!r}\n" in listed

@@ -100,14 +100,16 @@ class Backbone(nn.Module):
         lengths_frames: Int[Tensor, " b"] | None = None,
         *,
         drop_text: bool | Bool[Tensor, " b"] = False,
+        exact: bool = False,
     ) -> Float[Tensor, "b positions d"]:
         """Token ids, padded with -1, to embeddings; once a solve, with its graph.
 
         Args:
             lengths_frames: frames of each item, where some have fewer than `frames`.
             drop_text: all items, or those marked, as if they had no text (for guidance).
+            exact: see `velocity`.
         """
-        return self._embed_text(text, frames, lengths_frames, drop_text)
+        return self._embed_text(text, frames, lengths_frames, drop_text, exact)
 
     def velocity(
         self,
@@ -118,22 +120,34 @@ class Backbone(nn.Module):
         *,
         mask: Bool[Tensor, "b n"] | None = None,
         rope: Rope | None = None,
+        exact: bool = False,
     ) -> Float[Tensor, "b n m"]:
         """Velocity at x and `time`, given known mel `cond` and what `embed_text` made.
 
         Args:
             time: [b], or a scalar (or [1]) shared by the batch: AdaLN then runs on one row.
             mask: frames within each item's duration; None: all.
+            exact: hide padding from all that mixes frames, so that each item gets what it gets alone; False: mask as
+                f5-tts does, where padding is attended to.
         """
         rope = self.rope(x.shape[1], x.device) if rope is None else rope
         time_embedding = self.time_embed(time.reshape(-1), x.dtype)
-        return self._velocity(x, cond, text_embedding, time_embedding, mask, rope)
+        return self._velocity(x, cond, text_embedding, time_embedding, mask, rope, exact)
 
-    def _embed_text(self, text: Tensor, frames: int, lengths_frames: Tensor | None, drop_text: bool | Tensor) -> Tensor:
+    def _embed_text(
+        self, text: Tensor, frames: int, lengths_frames: Tensor | None, drop_text: bool | Tensor, exact: bool
+    ) -> Tensor:
         raise NotImplementedError
 
     def _velocity(
-        self, x: Tensor, cond: Tensor, text_embedding: Tensor, time_embedding: Tensor, mask: Tensor | None, rope: Rope
+        self,
+        x: Tensor,
+        cond: Tensor,
+        text_embedding: Tensor,
+        time_embedding: Tensor,
+        mask: Tensor | None,
+        rope: Rope,
+        exact: bool,
     ) -> Tensor:
         raise NotImplementedError
 
@@ -173,12 +187,16 @@ class Backbone(nn.Module):
 
 
 def embed_with_and_without(
-    backbone: Backbone, text: Int[Tensor, "b t"], frames: int, lengths_frames: Int[Tensor, " b"] | None
+    backbone: Backbone,
+    text: Int[Tensor, "b t"],
+    frames: int,
+    lengths_frames: Int[Tensor, " b"] | None,
+    exact: bool = False,
 ) -> Float[Tensor, "2*b positions d"]:
     """Embeddings of the items, then of the same without text, as classifier-free guidance needs them."""
     twice = None if lengths_frames is None else lengths_frames.repeat(2)
     dropped = torch.arange(2 * len(text), device=text.device) >= len(text)
-    return backbone.embed_text(text.repeat(2, 1), frames, twice, drop_text=dropped)
+    return backbone.embed_text(text.repeat(2, 1), frames, twice, drop_text=dropped, exact=exact)
 
 
 def check_inputs(x: Tensor, cond: Tensor, text: Tensor, time: Tensor, mask: Tensor | None) -> None:

@@ -61,6 +61,7 @@ class TextEmbedding(nn.Module):
         frames: int,
         lengths_frames: Int[Tensor, " b"] | None = None,
         drop_text: bool | Bool[Tensor, " b"] = False,
+        exact: bool = False,
     ) -> Float[Tensor, "b n d"]:
         """Arguments of `Backbone.embed_text`."""
         tokens = _lay_over_frames(text, frames)
@@ -72,17 +73,19 @@ class TextEmbedding(nn.Module):
         has_token = tokens != FILLER
         embedded = zero_padding(self.text_embed(drop_tokens(tokens, drop_text)), inside)
         if self.text_blocks is not None:
-            embedded = self._contextualize(embedded, inside, has_token if self.mask_padding else None)
+            embedded = self._contextualize(embedded, inside, has_token if self.mask_padding else None, exact)
         if self.average_upsampling:
             embedded = upsample_evenly(embedded, has_token.sum(dim=1), lengths_frames)
         return embedded
 
-    def _contextualize(self, embedded: Tensor, inside: Tensor | None, has_token: Tensor | None) -> Tensor:
+    def _contextualize(self, embedded: Tensor, inside: Tensor | None, has_token: Tensor | None, exact: bool) -> Tensor:
         positions = position_table(embedded.shape[1], embedded.shape[2], embedded.device).to(embedded.dtype)
         embedded = embedded + zero_padding(positions.expand_as(embedded), inside)
-        embedded = zero_padding(embedded, has_token)
+        counted = inside if exact else None
+        kept = counted if has_token is None else has_token
+        embedded = zero_padding(embedded, kept)
         for block in self.text_blocks or ():  # a solve embeds text once: what that keeps, it would keep for all steps
-            embedded = zero_padding(run_block(block, embedded, checkpointed=not self.training), has_token)
+            embedded = zero_padding(run_block(block, embedded, counted, checkpointed=not self.training), kept)
         return embedded
 
 

@@ -48,9 +48,10 @@ class DiTBlock(nn.Module):
         time_embedding: Float[Tensor, "#b d"],
         mask: Bool[Tensor, "b n"] | None,
         rope: Rope,
+        exact: bool = False,
     ) -> Float[Tensor, "b n d"]:
         hidden, gate, mlp_shift, mlp_scale, mlp_gate = self.attn_norm(x, time_embedding)
-        x = x + gate * self.attn(hidden, mask, rope)
+        x = x + gate * self.attn(hidden, mask, rope, exact)
         hidden = self.ff_norm(x) * (1 + mlp_scale) + mlp_shift
         out: Tensor = x + mlp_gate * self.ff(hidden)
         return out
@@ -81,17 +82,27 @@ class DiT(Backbone):
         start_from_zero(self, self.proj_out)
 
     @override
-    def _embed_text(self, text: Tensor, frames: int, lengths_frames: Tensor | None, drop_text: bool | Tensor) -> Tensor:
-        embedded: Tensor = self.text_embed(text, frames, lengths_frames, drop_text)
+    def _embed_text(
+        self, text: Tensor, frames: int, lengths_frames: Tensor | None, drop_text: bool | Tensor, exact: bool
+    ) -> Tensor:
+        embedded: Tensor = self.text_embed(text, frames, lengths_frames, drop_text, exact)
         return embedded
 
     @override
     def _velocity(
-        self, x: Tensor, cond: Tensor, text_embedding: Tensor, time_embedding: Tensor, mask: Tensor | None, rope: Rope
+        self,
+        x: Tensor,
+        cond: Tensor,
+        text_embedding: Tensor,
+        time_embedding: Tensor,
+        mask: Tensor | None,
+        rope: Rope,
+        exact: bool,
     ) -> Tensor:
         hidden = first = self.input_embed(x, cond, text_embedding, mask)
         for block in self.transformer_blocks:
-            hidden = run_block(block, hidden, time_embedding, mask, rope, checkpointed=self.checkpoint_activations)
+            inputs = (hidden, time_embedding, mask, rope, exact)
+            hidden = run_block(block, *inputs, checkpointed=self.checkpoint_activations)
         if self.long_skip_connection is not None:
             hidden = self.long_skip_connection(torch.cat((hidden, first), dim=-1))
         velocity: Tensor = self.proj_out(self.norm_out(hidden, time_embedding))

@@ -53,7 +53,7 @@ class TokenEmbedding(nn.Module):
 
 
 class AudioEmbedding(nn.Module):
-    """Noisy and known mel, side by side in each frame, plus convolutional positions (that see the padding)."""
+    """Noisy and known mel, side by side in each frame, plus convolutional positions."""
 
     def __init__(self, mel_dim: int, dim: int):
         super().__init__()
@@ -61,9 +61,11 @@ class AudioEmbedding(nn.Module):
         self.conv_pos_embed = ConvPositionEmbedding(dim)
 
     @override
-    def forward(self, x: Float[Tensor, "b n m"], cond: Float[Tensor, "b n m"]) -> Float[Tensor, "b n d"]:
+    def forward(
+        self, x: Float[Tensor, "b n m"], cond: Float[Tensor, "b n m"], mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n d"]:
         hidden: Tensor = self.linear(torch.cat((x, cond), dim=-1))
-        positioned: Tensor = self.conv_pos_embed(hidden) + hidden
+        positioned: Tensor = self.conv_pos_embed(hidden, mask) + hidden
         return positioned
 
 
@@ -89,13 +91,14 @@ class MMDiTBlock(nn.Module):
         text_mask: Bool[Tensor, "b t"],
         rope: Rope,
         text_rope: Rope,
+        exact: bool = False,
     ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b t d"]]:
         normed, *modulation = self.attn_norm_x(x, time_embedding)
         if self.ff_c is None:
             text_normed, text_modulation = self.attn_norm_c(text, time_embedding), []
         else:
             text_normed, *text_modulation = self.attn_norm_c(text, time_embedding)
-        attended, text_attended = self.attn(normed, text_normed, mask, text_mask, rope, text_rope)
+        attended, text_attended = self.attn(normed, text_normed, mask, text_mask, rope, text_rope, exact)
         x = self._update(x, attended, self.ff_x, modulation)
         return x, text if self.ff_c is None else self._update(text, text_attended, self.ff_c, text_modulation)
 
@@ -125,20 +128,29 @@ class MMDiT(Backbone):
         start_from_zero(self, self.proj_out)
 
     @override
-    def _embed_text(self, text: Tensor, frames: int, lengths_frames: Tensor | None, drop_text: bool | Tensor) -> Tensor:
+    def _embed_text(
+        self, text: Tensor, frames: int, lengths_frames: Tensor | None, drop_text: bool | Tensor, exact: bool
+    ) -> Tensor:
         """[b, t, d + 1]: the last channel is 1 where there is a token. The text has its own length, not `frames`."""
         embedded: Tensor = self.text_embed(text, drop_text)
         return torch.cat((embedded, (text != -1).unsqueeze(-1).to(embedded.dtype)), dim=-1)
 
     @override
     def _velocity(
-        self, x: Tensor, cond: Tensor, text_embedding: Tensor, time_embedding: Tensor, mask: Tensor | None, rope: Rope
+        self,
+        x: Tensor,
+        cond: Tensor,
+        text_embedding: Tensor,
+        time_embedding: Tensor,
+        mask: Tensor | None,
+        rope: Rope,
+        exact: bool,
     ) -> Tensor:
         ropes = (rope, self.rope(text_embedding.shape[1], x.device))
-        hidden = self.audio_embed(x, cond)
+        hidden = self.audio_embed(x, cond, mask if exact else None)  # f5-tts: its convolutions see the padding
         text, text_mask = text_embedding[..., :-1], text_embedding[..., -1] > 0
         for block in self.transformer_blocks:
-            inputs = (hidden, text, time_embedding, mask, text_mask, *ropes)
+            inputs = (hidden, text, time_embedding, mask, text_mask, *ropes, exact)
             hidden, text = run_block(block, *inputs, checkpointed=self.checkpoint_activations)
         velocity: Tensor = self.proj_out(self.norm_out(hidden, time_embedding))
         return velocity

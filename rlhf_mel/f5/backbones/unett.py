@@ -63,17 +63,27 @@ class UNetT(Backbone):
         return rotary_table(frames + 1, self.dim_head, device or self.proj_out.weight.device)
 
     @override
-    def _embed_text(self, text: Tensor, frames: int, lengths_frames: Tensor | None, drop_text: bool | Tensor) -> Tensor:
-        """`lengths_frames` changes nothing: text is embedded over all frames."""
-        embedded: Tensor = self.text_embed(text, frames, None, drop_text)
+    def _embed_text(
+        self, text: Tensor, frames: int, lengths_frames: Tensor | None, drop_text: bool | Tensor, exact: bool
+    ) -> Tensor:
+        """Unless it is to be exact, `lengths_frames` changes nothing: text is embedded over all frames."""
+        embedded: Tensor = self.text_embed(text, frames, lengths_frames if exact else None, drop_text, exact)
         return embedded
 
     @override
     def _velocity(
-        self, x: Tensor, cond: Tensor, text_embedding: Tensor, time_embedding: Tensor, mask: Tensor | None, rope: Rope
+        self,
+        x: Tensor,
+        cond: Tensor,
+        text_embedding: Tensor,
+        time_embedding: Tensor,
+        mask: Tensor | None,
+        rope: Rope,
+        exact: bool,
     ) -> Tensor:
         time_embedding = time_embedding.expand(len(x), -1)
-        frames = self.input_embed(x, cond, text_embedding, None)  # f5-tts: its convolutions see the padding
+        # f5-tts: its convolutions see the padding
+        frames = self.input_embed(x, cond, text_embedding, mask if exact else None)
         hidden = torch.cat((time_embedding.unsqueeze(1), frames), dim=1)
         mask = None if mask is None else F.pad(mask, (1, 0), value=True)
         skips: list[Tensor] = []
@@ -84,7 +94,7 @@ class UNetT(Backbone):
                 skips.append(hidden)
             else:
                 hidden = self._join(join, hidden, skips.pop())
-            hidden = hidden + attention(attention_norm(hidden), mask, rope)
+            hidden = hidden + attention(attention_norm(hidden), mask, rope, exact)
             hidden = hidden + feed_forward(feed_forward_norm(hidden))
         velocity: Tensor = self.proj_out(self.norm_out(hidden)[:, 1:])
         return velocity

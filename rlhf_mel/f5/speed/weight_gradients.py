@@ -370,12 +370,14 @@ class SummingBlock(DiTBlock):
         block.__class__ = SummingBlock
 
     @override
-    def forward(self, x: Tensor, time_embedding: Tensor, mask: Tensor | None, rope: Rope) -> Tensor:
+    def forward(
+        self, x: Tensor, time_embedding: Tensor, mask: Tensor | None, rope: Rope, exact: bool = False
+    ) -> Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.attn_norm.modulation(time_embedding)
         of_attention, of_feed_forward = self.of_biases
         norms: Any = [(norm.eps, self.dtype) for norm in (self.attn_norm.norm, self.ff_norm)]
         x, hidden = _ModulatedNorm.apply(x, scale, shift, *norms[0])
-        x = _Gated.apply(x, self.attn(hidden, mask, rope), gate, of_attention, mask)
+        x = _Gated.apply(x, self.attn(hidden, mask, rope, exact), gate, of_attention, mask)
         x, hidden = _ModulatedNorm.apply(x, mlp_scale, mlp_shift, *norms[1])
         x = _Gated.apply(x, self.ff(hidden), mlp_gate, of_feed_forward, None)
         return x

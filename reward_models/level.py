@@ -1,0 +1,75 @@
+"""How close the loudness of the speech comes to what was asked for, so that no other reward is paid by being louder.
+
+    score = -|L - target| in LU (a LU is a dB),    L: loudness by ITU-R BS.1770-4, K-weighted and gated, in LUFS
+
+0 is best. The target is the reference clip's own loudness, or a given one. What is below -70 LUFS, the recommendation's
+gate, counts as -70 and has no gradient. The slope is the same however far off: what is trained is pulled by its median,
+and a few takes that are far off do not outweigh the others.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rlhf_mel.speech.audio import loudness_lufs
+from rlhf_mel.types import Audio, Prompts
+
+GATE_LUFS = -70.0
+
+
+class Level(nn.Module):
+    """Distance from a loudness as a frozen reward model."""
+
+    name = "level"
+    differentiable = True
+    domain = "waveform"
+    sample_rate_hz: int | None = None
+    range = (-math.inf, 0.0)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of the reward `level`."""
+
+        target_lufs: float | None = None
+        """Loudness asked for, -70 to 0 LUFS; None: that of each prompt's reference clip."""
+
+        def __post_init__(self) -> None:
+            target = self.target_lufs
+            if target is None:
+                return
+            if isinstance(target, bool) or not isinstance(target, int | float) or not GATE_LUFS <= target <= 0:
+                raise ValueError(
+                    f"target_lufs of reward 'level': expected -70 to 0, or none for the reference's, got {target!r}"
+                )
+
+    def __init__(self, config: Config | None = None) -> None:
+        super().__init__()
+        self.config = config or self.Config()
+        self.needs = frozenset({"reference"} if self.config.target_lufs is None else ())
+
+    def score(self, audio: Audio, prompts: Prompts) -> Float[Tensor, " b"]:
+        """Minus the distance from the target, in LU, of each clip."""
+        rows = zip(audio.waveform, audio.lengths_samples.tolist(), strict=True)
+        heard = [_gated(row[:length], audio.sample_rate_hz) for row, length in rows]
+        return torch.stack(
+            [-(loudness - target).abs() for loudness, target in zip(heard, self._targets(prompts), strict=True)]
+        )
+
+    def _targets(self, prompts: Prompts) -> list[Tensor]:
+        if self.config.target_lufs is not None:
+            return [torch.tensor(self.config.target_lufs)] * len(prompts)
+        rows = zip(prompts.reference_audio, prompts.reference_lengths_samples.tolist(), strict=True)
+        return [_gated(row[:length], prompts.sample_rate_hz).detach() for row, length in rows]
+
+
+def _gated(clip: Float[Tensor, " s"], rate_hz: int) -> Float[Tensor, ""]:
+    loudness = loudness_lufs(clip, rate_hz).to(clip.dtype)
+    return loudness if bool(loudness > GATE_LUFS) else torch.full_like(loudness.detach(), GATE_LUFS)
+
+
+reward_model = Level
