@@ -28,7 +28,7 @@ import degrade
 import numpy as np
 import soundfile
 
-from rlhf_mel.data.preferences import write_preferences
+from rlhf_mel.data.preferences.load import write_preferences
 from rlhf_mel.speech.audio import load_audio
 from rlhf_mel.storage import ASSETS
 

@@ -40,7 +40,7 @@ from torch import Tensor
 from transformers import Trainer
 from trl import RewardConfig, TrlParser
 
-from rlhf_mel.data.preferences import PairBatch, PreferenceDataset, load_preferences, parse_columns
+from rlhf_mel.data.preferences.load import PairBatch, PreferenceDataset, load_preferences, parse_columns
 from rlhf_mel.flow.noise import mix_seed, seeded
 from rlhf_mel.metrics import pool
 from rlhf_mel.rewards.bradley_terry import LossConfig, bootstrap_counts, preference_loss, tie_threshold

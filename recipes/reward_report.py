@@ -33,7 +33,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from rlhf_mel.data.preferences import PairBatch, PreferenceDataset, load_preferences, parse_columns
+from rlhf_mel.data.preferences.load import PairBatch, PreferenceDataset, load_preferences, parse_columns
 from rlhf_mel.evaluation.intervals import mean_interval
 from rlhf_mel.metrics import pool
 from rlhf_mel.rewards.bradley_terry import TIE, LossConfig, preference_nll, reward_metrics

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_mel.data.preferences import PreferenceDataset, load_preferences, write_preferences
+    from rlhf_mel.data.preferences.load import PreferenceDataset, load_preferences, write_preferences
     from rlhf_mel.data.prompts import PromptDataset, load_prompts
     from rlhf_mel.f5.backbones.dit import DiT
     from rlhf_mel.f5.backbones.mmdit import MMDiT
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rlhf_mel.vocoders import load_vocoder
 
 _HOME = {
-    "data.preferences": ("PreferenceDataset", "load_preferences", "write_preferences"),
+    "data.preferences.load": ("PreferenceDataset", "load_preferences", "write_preferences"),
     "data.prompts": ("PromptDataset", "load_prompts"),
     "f5.backbones.dit": ("DiT",),
     "f5.backbones.mmdit": ("MMDiT",),

@@ -16,7 +16,7 @@ from problems import MelReward, Silent, tiny_policy, tiny_prompts
 from small_runs import SPEC, TEXTS, Near, Voice, policy, write_dataset
 from torch import Tensor
 
-from rlhf_mel.data.preferences import PairBatch, PreferenceDataset
+from rlhf_mel.data.preferences.load import PairBatch, PreferenceDataset
 from rlhf_mel.f5.cfm import CFM
 from rlhf_mel.flow.lora import add_lora
 from rlhf_mel.flow.noise import item_generators

@@ -34,7 +34,7 @@ from torch import Tensor
 from typing_extensions import override
 
 import rlhf_mel.algorithms
-from rlhf_mel.data.preferences import PairBatch, PreferenceDataset
+from rlhf_mel.data.preferences.load import PairBatch, PreferenceDataset
 from rlhf_mel.flow.ema import LaggedPolicy
 from rlhf_mel.flow.sde import SDE
 from rlhf_mel.flow.sde_rollout import Trajectory

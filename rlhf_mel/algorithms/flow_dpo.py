@@ -40,7 +40,7 @@ from rlhf_mel.algorithms.families.pairs import (
     reward_metrics,
     weighted_mean,
 )
-from rlhf_mel.data.preferences import PreferenceDataset
+from rlhf_mel.data.preferences.load import PreferenceDataset
 from rlhf_mel.metrics import Metrics
 from rlhf_mel.pipeline import Pipeline
 

@@ -37,7 +37,7 @@ from rlhf_mel.algorithms.families.pairs import (
     sampled_clips,
     weighted_mean,
 )
-from rlhf_mel.data.preferences import PairBatch
+from rlhf_mel.data.preferences.load import PairBatch
 from rlhf_mel.metrics import Metrics
 from rlhf_mel.pipeline import Pipeline
 from rlhf_mel.types import Prompts

@@ -1,4 +1,4 @@
-"""Answers as a data set of preferences, in the form of data/preferences.py: a row an answer, so that nothing is lost.
+"""Answers as a data set of preferences, in the form of data/preferences/load.py: a row for each.
 
 | answer        | row                                                                    |
 |---------------|------------------------------------------------------------------------|
@@ -20,7 +20,7 @@ from typing import Any
 from rlhf_mel.annotate.agreement import annotators
 from rlhf_mel.annotate.labelling import Labelling, is_check
 from rlhf_mel.annotate.store import Answer
-from rlhf_mel.data.preference_files import write_preferences
+from rlhf_mel.data.preferences.files import write_preferences
 
 SEEDS = (("seed_a", "seed_b"), ("chosen_seed", "rejected_seed"))
 """Seeds of the first and the second clip, in pairs to label and in preferences that are labelled again."""

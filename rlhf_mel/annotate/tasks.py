@@ -23,8 +23,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_mel.data.preference_audio import UNREADABLE, ClipReader, Encoded, read_clip
-from rlhf_mel.data.preference_sources import open_source
+from rlhf_mel.data.preferences.audio import UNREADABLE, ClipReader, Encoded, read_clip
+from rlhf_mel.data.preferences.sources import open_source
 
 CLIPS = (("audio_a", "audio_b"), ("chosen", "rejected"))
 """The two ways to name the clips of a pair."""
@@ -145,7 +145,7 @@ class Pairs:
 
 
 def load_pairs(source: Any, *, split: str = "train", columns: Mapping[str, str] | None = None) -> Pairs:
-    """The pairs of anything that holds preference data, a folder, file, hub id or table: see preference_sources.py.
+    """The pairs of anything that holds preference data, a folder, file, hub id or table: see sources.py.
 
     Args:
         split: of a source with several.

@@ -1,1 +1,1 @@
-"""Prompts: reading lists of them, and who sees which when."""
+"""Prompts and human preferences: reading lists of them, and who sees which when."""

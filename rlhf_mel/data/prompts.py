@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlhf_mel.data.preference_audio import wav_bytes
+from rlhf_mel.data.preferences.audio import wav_bytes
 from rlhf_mel.data.prompt_files import encoded_audio, load_hub_rows, read_rows, rename, renamed_columns, table_of
 from rlhf_mel.speech.audio import MelSpec, load_audio, read_speech, samples_to_frames
 from rlhf_mel.speech.durations import f5_total_frames

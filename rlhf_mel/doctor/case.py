@@ -18,7 +18,7 @@ from torch import Tensor
 from rlhf_mel.algorithms.base import Algorithm
 from rlhf_mel.algorithms.families.pairs import select_pairs
 from rlhf_mel.algorithms.families.pathwise import pathwise_scores
-from rlhf_mel.data.preferences import PairBatch
+from rlhf_mel.data.preferences.load import PairBatch
 from rlhf_mel.doctor.memory import PeakMemory
 from rlhf_mel.flow.noise import seeded
 from rlhf_mel.flow.ode import STEPWISE_METHODS

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from peft import LoraConfig
 
-from rlhf_mel.data.preferences import PairBatch
+from rlhf_mel.data.preferences.load import PairBatch
 from rlhf_mel.doctor.case import Case, Examination, Finding, Plan
 from rlhf_mel.doctor.cost import check_cost
 from rlhf_mel.doctor.gradient import check_gradient

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf_mel.data.preference_files import write_preferences
+from rlhf_mel.data.preferences.files import write_preferences
 from rlhf_mel.data.prompts import PromptDataset
 from rlhf_mel.flow.noise import item_generator
 from rlhf_mel.flow.policy import Policy, rollout

@@ -13,7 +13,7 @@ from torch import nn
 
 from rlhf_mel.algorithms.base import Algorithm
 from rlhf_mel.algorithms.families.pairs import clip_prompts
-from rlhf_mel.data.preferences import PreferenceDataset, load_preferences
+from rlhf_mel.data.preferences.load import PreferenceDataset, load_preferences
 from rlhf_mel.data.prompt_files import table_of
 from rlhf_mel.data.prompts import PromptDataset, PromptOptions, load_dataset_prompts, load_prompts
 from rlhf_mel.flow.lora import add_lora

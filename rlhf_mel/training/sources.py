@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_mel.data.preferences import PreferenceDataset
+from rlhf_mel.data.preferences.load import PreferenceDataset
 from rlhf_mel.data.prompts import PromptDataset
 from rlhf_mel.rewards.base import RewardSpec
 from rlhf_mel.rewards.combine import Rewards

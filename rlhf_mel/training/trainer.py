@@ -38,7 +38,7 @@ from typing_extensions import override
 
 from rlhf_mel import policies
 from rlhf_mel.algorithms.base import load_algorithm
-from rlhf_mel.data.preferences import PairBatch, PreferenceDataset
+from rlhf_mel.data.preferences.load import PairBatch, PreferenceDataset
 from rlhf_mel.data.prompts import PromptDataset
 from rlhf_mel.data.sampler import GroupSampler
 from rlhf_mel.evaluation.evaluate import EvaluationResult, evaluate

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlhf_mel.algorithms.base import Algorithm
-from rlhf_mel.data.preferences import PairBatch
+from rlhf_mel.data.preferences.load import PairBatch
 from rlhf_mel.flow.noise import item_generators, mix_seed, seeded
 from rlhf_mel.flow.policy import with_durations
 from rlhf_mel.metrics import Metrics

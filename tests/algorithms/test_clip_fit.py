@@ -30,7 +30,7 @@ from torch import Tensor
 from rlhf_mel.algorithms.base import load_algorithm
 from rlhf_mel.algorithms.families.clip_fit import fit_of, starting_noise
 from rlhf_mel.algorithms.families.pairs import Pairs, clip_prompts, pairs_of, select_pairs
-from rlhf_mel.data.preferences import PairBatch
+from rlhf_mel.data.preferences.load import PairBatch
 from rlhf_mel.flow.noise import item_generator, item_generators
 from rlhf_mel.flow.policy import rollout, with_durations
 from rlhf_mel.flow.reference import ReferencePolicy

@@ -22,7 +22,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from rlhf_mel.algorithms.base import load_algorithm
-from rlhf_mel.data.preferences import PairBatch
+from rlhf_mel.data.preferences.load import PairBatch
 from rlhf_mel.types import Audio
 
 SLOPE, BETA = 0.5, 6.0

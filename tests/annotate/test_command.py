@@ -12,7 +12,7 @@ from rlhf_mel import cli
 from rlhf_mel.annotate.labelling import Labelling
 from rlhf_mel.annotate.store import Answers
 from rlhf_mel.annotate.tasks import Pairs
-from rlhf_mel.data.preferences import load_preferences
+from rlhf_mel.data.preferences.load import load_preferences
 
 
 @pytest.fixture

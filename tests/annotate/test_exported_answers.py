@@ -11,7 +11,7 @@ from pair_tables import answer_all, labelling_of, own_cache, pair_rows  # noqa: 
 
 from rlhf_mel.annotate.export import export
 from rlhf_mel.annotate.labelling import Labelling
-from rlhf_mel.data.preferences import load_preferences
+from rlhf_mel.data.preferences.load import load_preferences
 
 
 def say(labelling: Labelling, annotator: str, answers: str) -> None:

@@ -23,7 +23,7 @@ from rlhf_mel.annotate.export import export
 from rlhf_mel.annotate.labelling import Labelling
 from rlhf_mel.annotate.store import Answers
 from rlhf_mel.annotate.tasks import Pairs
-from rlhf_mel.data.preferences import load_preferences
+from rlhf_mel.data.preferences.load import load_preferences
 from rlhf_mel.evaluation.intervals import mean_interval
 from rlhf_mel.speech.audio import MelSpec
 from rlhf_mel.speech.preference_model import PreferenceModel, save_preference_model

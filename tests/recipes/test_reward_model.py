@@ -19,7 +19,7 @@ import constructed_pairs
 import reward_model
 import reward_report
 
-from rlhf_mel.data.preferences import PreferenceDataset, load_preferences, write_preferences
+from rlhf_mel.data.preferences.load import PreferenceDataset, load_preferences, write_preferences
 from rlhf_mel.rewards.bradley_terry import LossConfig
 from rlhf_mel.rewards.combine import Rewards
 from rlhf_mel.speech.audio import MelSpec, level_dbfs

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from rlhf_mel import cli
 from rlhf_mel.annotate.tasks import load_pairs
-from rlhf_mel.data.preferences import load_preferences
+from rlhf_mel.data.preferences.load import load_preferences
 from rlhf_mel.data.prompts import PromptDataset
 from rlhf_mel.f5.checkpoints import load_policy
 from rlhf_mel.flow.noise import item_generator

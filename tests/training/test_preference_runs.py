@@ -28,7 +28,7 @@ from problems import tiny_policy
 from small_runs import Near, Voice, metrics, policy, same_weights, write_dataset
 
 from rlhf_mel.algorithms.base import load_algorithm
-from rlhf_mel.data.preferences import PreferenceDataset, write_preferences
+from rlhf_mel.data.preferences.load import PreferenceDataset, write_preferences
 from rlhf_mel.doctor.checks import CHECKS, case_of, examine, line
 from rlhf_mel.doctor.cost import frames_ratio
 from rlhf_mel.training.config import RLHFConfig

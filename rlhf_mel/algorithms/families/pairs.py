@@ -44,7 +44,7 @@ from typing_extensions import override
 from rlhf_mel.algorithms.base import AlgorithmBase
 from rlhf_mel.algorithms.families.clip_fit import Clips, Fit, fit_of, starting_noise
 from rlhf_mel.algorithms.families.forward_process import ForwardProcessOptions, Samples, check_number, collect_samples
-from rlhf_mel.data.preferences import PairBatch, PreferenceDataset
+from rlhf_mel.data.preferences.load import PairBatch, PreferenceDataset
 from rlhf_mel.flow.noise import branched, item_generator
 from rlhf_mel.flow.policy import Policy, with_durations
 from rlhf_mel.metrics import Metrics

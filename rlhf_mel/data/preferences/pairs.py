@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlhf_mel.data.preference_audio import UNREADABLE, Clip, ClipReader, Inspector, shown
-from rlhf_mel.data.preference_schemas import SEEDS, Schema
-from rlhf_mel.data.preference_verdicts import Verdict, number
+from rlhf_mel.data.preferences.audio import UNREADABLE, Clip, ClipReader, Inspector, shown
+from rlhf_mel.data.preferences.schemas import SEEDS, Schema
+from rlhf_mel.data.preferences.verdicts import Verdict, number
 
 TIES = ("drop", "keep")
 

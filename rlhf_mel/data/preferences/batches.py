@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_mel.data.preference_audio import UNREADABLE, ClipReader, load_clip, load_reference, shown
-from rlhf_mel.data.preference_files import CONTRACT
+from rlhf_mel.data.preferences.audio import UNREADABLE, ClipReader, load_clip, load_reference, shown
+from rlhf_mel.data.preferences.files import CONTRACT
 from rlhf_mel.speech.audio import MelSpec, log_mel
 from rlhf_mel.types import Audio, Prompts
 

@@ -6,10 +6,10 @@
 | `winner` | two clips, the names of their models, the winner's name    | ai4bharat/SpeechArenaBench            |
 | `votes`  | two clips (or URLs), each one's share of votes, by axis    | datapointai's three sizes, Rapidata     |
 | `label`  | two clips, A, B or a tie, strengths by annotator           | RMSnow/SpeechJudge-Data               |
-| `scores` | one clip and its score: MOS, MUSHRA (preference_tables.py) | ljs-mos-120, SOMOS, nisqa-vcc-mos     |
+| `scores` | one clip and its score: MOS, MUSHRA (tables.py) | ljs-mos-120, SOMOS, nisqa-vcc-mos     |
 | `joined` | the ids of two clips of another table, and the winner      | datapointai/...-preferences-315k      |
 
-Column names are those of the data sets' cards; others are named by the user. preference_verdicts.py says what the rows
+Column names are those of the data sets' cards; others are named by the user. verdicts.py says what the rows
 mean. With `audio_from`, the clips of `scores` and `joined` are looked up in another table, by id, or by text and model.
 """
 
@@ -20,8 +20,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_mel.data.preference_sources import Source
-from rlhf_mel.data.preference_verdicts import (
+from rlhf_mel.data.preferences.sources import Source
+from rlhf_mel.data.preferences.verdicts import (
     Row,
     Verdict,
     label_verdicts,
@@ -120,7 +120,7 @@ def find_schema(
     if missing := [column for column in mapped.values() if column not in source.columns]:
         raise ValueError(f"{source.name}: expected columns {missing}, got {_listed(source)}; correct `columns`")
     if unknown := mapped.keys() - set().union(*(family.roles for family in FAMILIES)):
-        raise ValueError(f"columns: expected roles of preference_schemas.py, got {sorted(unknown)}")
+        raise ValueError(f"columns: expected roles of data/preferences/schemas.py, got {sorted(unknown)}")
     for family in allowed:
         if adapter in (None, family.name) and (found := _columns_of(family, source, mapped, joined)):
             label_names = {role: source.label_names.get(column, []) for role, column in found.items()}

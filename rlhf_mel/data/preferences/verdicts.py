@@ -1,7 +1,7 @@
 """What a row of preferences says of its two clips: who got which share of the votes, how strongly, on which axis.
 
-Rows come with the roles of preference_schemas.py for names. A Verdict is about (first, second), in the order that the
-data set has them; which clip becomes `chosen` is decided later, in one place (preference_pairs.py).
+Rows come with the roles of schemas.py for names. A Verdict is about (first, second), in the order that the data set
+has them; which clip becomes `chosen` is decided later, in one place (pairs.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhf_mel.data.preference_audio import shown
+from rlhf_mel.data.preferences.audio import shown
 
 Row = Mapping[str, Any]
 """Values by role, without clips."""

@@ -18,15 +18,15 @@ from datasets import DatasetDict, IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from torch.utils.data import DataLoader
 
-from rlhf_mel.data.preference_sources import _refusal
-from rlhf_mel.data.preferences import PreferenceDataset, load_preferences, write_preferences
+from rlhf_mel.data.preferences.load import PreferenceDataset, load_preferences, write_preferences
+from rlhf_mel.data.preferences.sources import _refusal
 from rlhf_mel.speech.audio import MelSpec, load_audio, log_mel
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("rlhf_mel.data.preferences._SAID", set())
+    monkeypatch.setattr("rlhf_mel.data.preferences.load._SAID", set())
 
 
 def pair(chosen: Any = 0, rejected: Any = 1, **more: Any) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def test_options_that_cannot_be_meant() -> None:
         ({"tie_margin": -1}, "tie_margin, pairs_per_clip"),
         ({"keep": ["colour"]}, r"keep: expected columns of data set, .* got \['colour'\]"),
         ({"within": "year"}, r"within, tie_margin: expected with scores of single clips, got adapter 'trl'"),
-        ({"columns": {"clip": "chosen"}}, r"columns: expected roles of preference_schemas\.py, got \['clip'\]"),
+        ({"columns": {"clip": "chosen"}}, r"columns: expected roles of data/preferences/schemas\.py, got \['clip'\]"),
     ):
         with pytest.raises(ValueError, match=message):
             load_preferences([pair()], **options)
@@ -530,7 +530,7 @@ def test_the_licence_of_a_table_in_memory_is_that_of_its_info(tmp_path: Path) ->
 
 
 def test_every_block_of_the_page_is_python() -> None:
-    page = Path(__file__).parents[2] / "docs" / "preferences.md"
+    page = Path(__file__).parents[3] / "docs" / "preferences.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
     for code in blocks:
         compile(code, "docs/preferences.md", "exec")
@@ -538,7 +538,7 @@ def test_every_block_of_the_page_is_python() -> None:
 
 
 def test_pairs_are_written_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_mel.data.preference_files.SHARD_BYTES", 20_000)  # a pair has 2 * 12,044 bytes
+    monkeypatch.setattr("rlhf_mel.data.preferences.files.SHARD_BYTES", 20_000)  # a pair has 2 * 12,044 bytes
     sets.write_clips(tmp_path, 6)
     rows = [
         pair(0, 1, margin=1.5, chosen_seed=2**62, rejected_seed=5, row=0, rank=1, good=True),

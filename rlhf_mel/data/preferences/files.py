@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_mel.data.preference_audio import ClipReader, clip_bytes, shown
+from rlhf_mel.data.preferences.audio import ClipReader, clip_bytes, shown
 from rlhf_mel.storage import write_whole
 
 if TYPE_CHECKING:

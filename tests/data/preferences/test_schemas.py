@@ -15,9 +15,9 @@ import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, load_dataset
 
-from rlhf_mel.data.preference_schemas import parse_columns
-from rlhf_mel.data.preference_verdicts import read_label, winner_verdicts
-from rlhf_mel.data.preferences import PreferenceDataset, load_preferences
+from rlhf_mel.data.preferences.load import PreferenceDataset, load_preferences
+from rlhf_mel.data.preferences.schemas import parse_columns
+from rlhf_mel.data.preferences.verdicts import read_label, winner_verdicts
 
 WAYS = ("memory", "save_to_disk", "parquet", "stream")
 
@@ -324,7 +324,7 @@ def test_mappings_that_cannot_be_are_named() -> None:
     table = sets.audio_alpaca()
     with pytest.raises(ValueError, match=r"expected columns \['words'\], got prompt \(text\), chosen \(audio\)"):
         load_preferences(table, columns={"prompt": "words"})
-    with pytest.raises(ValueError, match=r"expected roles of preference_schemas\.py, got \['best'\]"):
+    with pytest.raises(ValueError, match=r"expected roles of data/preferences/schemas\.py, got \['best'\]"):
         load_preferences(table, columns={"best": "chosen"})
     with pytest.raises(ValueError, match=r"adapter: expected one of .*got 'trk', did you mean trl\?"):
         load_preferences(table, adapter="trk")

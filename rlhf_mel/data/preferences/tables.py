@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from rlhf_mel.data.preference_audio import Clip, Inspector, shown
-from rlhf_mel.data.preference_pairs import Pair, PreferenceOptions, Tally, other_columns, text_of
-from rlhf_mel.data.preference_schemas import Schema
-from rlhf_mel.data.preference_verdicts import Verdict, number
+from rlhf_mel.data.preferences.audio import Clip, Inspector, shown
+from rlhf_mel.data.preferences.pairs import Pair, PreferenceOptions, Tally, other_columns, text_of
+from rlhf_mel.data.preferences.schemas import Schema
+from rlhf_mel.data.preferences.verdicts import Verdict, number
 from rlhf_mel.flow.noise import mix_seed, seeded
 
 Labelled = Iterable[tuple[int, Mapping[str, Any], Mapping[str, Clip]]]

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 
-from rlhf_mel.data.preference_audio import ClipReader, Inspector, is_url, shown
-from rlhf_mel.data.preference_batches import PairBatch, collate_pairs
-from rlhf_mel.data.preference_files import write_preferences
-from rlhf_mel.data.preference_pairs import (
+from rlhf_mel.data.preferences.audio import ClipReader, Inspector, is_url, shown
+from rlhf_mel.data.preferences.batches import PairBatch, collate_pairs
+from rlhf_mel.data.preferences.files import write_preferences
+from rlhf_mel.data.preferences.pairs import (
     Pair,
     PairTable,
     PreferenceOptions,
@@ -41,9 +41,9 @@ from rlhf_mel.data.preference_pairs import (
     stream_rows,
     table_rows,
 )
-from rlhf_mel.data.preference_schemas import Schema, find_clips, find_schema, parse_columns
-from rlhf_mel.data.preference_sources import Source, open_source
-from rlhf_mel.data.preference_tables import ClipIndex, joined_pairs, score_pairs, within_columns
+from rlhf_mel.data.preferences.schemas import Schema, find_clips, find_schema, parse_columns
+from rlhf_mel.data.preferences.sources import Source, open_source
+from rlhf_mel.data.preferences.tables import ClipIndex, joined_pairs, score_pairs, within_columns
 from rlhf_mel.data.prompt_files import encoded_audio
 from rlhf_mel.lookup import did_you_mean
 from rlhf_mel.progress import progress
@@ -221,9 +221,9 @@ def load_preferences(
     """Pairs of clips of which people preferred one, from any source and schema; only the columns in use are read.
 
     Args:
-        source: hub id, folder, file, or a table in memory (preference_sources.py).
+        source: hub id, folder, file, or a table in memory (sources.py).
         split: of the data set.
-        adapter: which schema (preference_schemas.py); None: found by the columns.
+        adapter: which schema (schemas.py); None: found by the columns.
         columns: our roles to the data set's columns, where they are not known: {"chosen": "audio_a", ...}; of the table
             of clips `clip`, `clip_id`, `clip_model`, `clip_prompt_id`.
         streaming: read the source as it is asked for; needed for an IterableDataset.

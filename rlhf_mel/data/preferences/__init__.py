@@ -1,0 +1,1 @@
+"""Human preferences: any schema of votes as pairs of clips."""
