@@ -3,7 +3,9 @@
 Writes `train.jsonl` (168 sentences), `tuning.jsonl` (32, to choose settings by), `heldout.jsonl` (50, to report) and
 `references/*.flac` into --out; a line is `{"id", "text", "voice", "reference_audio", "reference_text"}`, the path
 relative to the file. Training prompts are sentences that the corpus holds; the others no voice of it has said, and
-their reference clips are of its held-out side. Voices alternate.
+their reference clips are of its held-out side. Voices alternate. Clips are short, so that a solve on a CPU is: a
+reference of about a second, and texts that will take 2.3 to 2.9 s after it. (DNSMOS, which repeats a clip to 9 s by
+doubling it, takes three times as long for 2.2 s as for 2.5 s.)
 Hardware: any; seconds.
     python recipes/build_prompts.py --data data/corpus --text books/*.txt --out rlhf_mel/assets/prompts
 """
@@ -11,6 +13,7 @@ Hardware: any; seconds.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 from pathlib import Path
@@ -19,14 +22,18 @@ import soundfile
 from build_corpus import sentences
 from corpus_data import is_held_out
 
+from rlhf_mel.f5.checkpoints import load_policy
 from rlhf_mel.speech.text import load_lexicon
+from rlhf_mel.speech.token_cache import CachedTokenizer, cached
 
-REFERENCE_S = (1.8, 2.6)
-WORDS = (5, 10)
+REFERENCE_S = (1.0, 1.6)
+SPEECH_S = (2.3, 2.9)
+"""What the bundled policy takes for a text on average; takes differ by a tenth."""
+WORDS = (4, 10)
 
 
 def references(clips: list[dict], voice: str, count: int, rng: random.Random) -> list[dict]:
-    """`count` clips of a voice, of a length that is enough to know it by and cheap to condition on."""
+    """`count` clips of a voice, of a length that is cheap to condition on."""
     low, high = REFERENCE_S
     fitting = [clip for clip in clips if clip["voice"] == voice and low <= clip["duration_s"] <= high]
     return rng.sample(fitting, count)
@@ -39,13 +46,27 @@ def prompts(
     voices = sorted({clip["voice"] for clip in clips})
     known = {voice: references(clips, voice, references_per_voice, rng) for voice in voices}
     taken = {clip["text"] for clips_of_voice in known.values() for clip in clips_of_voice}
-    fitting = [text for text in texts if text not in taken and WORDS[0] <= len(text.split()) <= WORDS[1]]
+    pool = [text for text in texts if text not in taken and WORDS[0] <= len(text.split()) <= WORDS[1]]
+    rng.shuffle(pool)
     rows = []
-    for index, text in enumerate(rng.sample(fitting, count)):
+    for index in range(count):
         voice = voices[index % len(voices)]
         reference = known[voice][index // len(voices) % references_per_voice]
+        text = next(text for text in pool if SPEECH_S[0] <= seconds_of(text, reference) <= SPEECH_S[1])
+        pool.remove(text)
         rows.append({"text": text, "voice": voice, "reference": reference})
     return rows
+
+
+def seconds_of(text: str, reference: dict) -> float:
+    """How long the bundled policy takes for a text after a reference clip (speech/durations.py)."""
+    tokenizer = bundled_tokenizer()
+    return reference["duration_s"] * tokenizer.spoken_length(text) / tokenizer.spoken_length(reference["text"])
+
+
+@functools.cache
+def bundled_tokenizer() -> CachedTokenizer:
+    return cached(load_policy("tiny").tokenizer)
 
 
 def write(rows: list[dict], side: str, data: Path, out: Path) -> None:

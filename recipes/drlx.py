@@ -5,8 +5,8 @@
     accelerate launch recipes/drlx.py --config recipes/configs/NAME.yaml         a run from a file, flags go over it
     accelerate launch --multi_gpu --num_processes 2 recipes/drlx.py              data parallel, on GPUs or (gloo) CPUs
 
-Without --config the file is recipes/configs/demo.yaml: DRaFT with LoRA on the bundled 12 M parameter policy towards
-DistillMOS and clear words, minutes on two CPU cores; docs/demo.md says what it reaches.
+Without --config the file is recipes/configs/demo.yaml: DRaFT on the bundled 12 M parameter policy towards DistillMOS
+and clear words, minutes on two CPU cores; docs/demo.md says what it reaches.
 """
 
 from __future__ import annotations

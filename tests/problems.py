@@ -106,6 +106,17 @@ MEL: Mapping[str, Any] = dict(n_mel_channels=8, n_fft=256, hop_length=64, win_le
 VOCABULARY: Mapping[str, int] = {token: index for index, token in enumerate(" abcdefghijklmnopqr.")}
 
 
+SAMPLE_RATE_HZ = 24_000
+
+
+def vibrato(semitones: Tensor | float, hz: float = 120.0, seconds: float = 2.0) -> Tensor:
+    """A tone of five harmonics whose pitch swings three times a second by `semitones` to each side of `hz`."""
+    t = torch.arange(round(seconds * SAMPLE_RATE_HZ), dtype=torch.float64) / SAMPLE_RATE_HZ
+    f0_hz = hz * 2 ** (semitones * torch.sin(2 * math.pi * 3 * t) / 12)
+    phase = 2 * math.pi * torch.cumsum(f0_hz, 0) / SAMPLE_RATE_HZ
+    return 0.1 * torch.stack([torch.sin(k * phase) / k for k in range(1, 6)]).sum(0)
+
+
 def reference_of(voice: str) -> Path:
     """One of the bundled reference clips of a voice."""
     return min((ASSETS / "prompts/references").glob(f"{voice}_*.flac"))

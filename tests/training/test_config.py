@@ -23,11 +23,10 @@ def test_no_arguments_is_the_bundled_demo() -> None:
     assert lora_config(model_config) is None
 
 
-def test_the_demo_is_bundled_lora_towards_mos_and_words() -> None:
+def test_the_demo_is_bundled_and_trains_all_weights_towards_mos_words_and_level() -> None:
     config, model_config = parse_arguments(["--config", str(RECIPES / "configs/demo.yaml")])
-    assert (config.policy, config.reward_models, config.algorithm) == ("tiny", ["mos", "intelligibility"], "draft")
-    peft_config = lora_config(model_config)
-    assert peft_config is not None and (peft_config.r, peft_config.lora_alpha) == (16, 32)
+    assert (config.policy, config.algorithm, config.algorithm_options) == ("tiny", "draft", {"grad_steps": None})
+    assert config.reward_models == ["mos", "intelligibility", "level"] and lora_config(model_config) is None
 
 
 def test_the_recipe_without_config_is_the_demo_and_flags_go_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +42,7 @@ def test_the_recipe_without_config_is_the_demo_and_flags_go_over_it(monkeypatch:
     with pytest.raises(SystemExit):
         drlx["main"](["--max_steps", "3"])
     args, peft_config = seen[0]
-    assert (args.max_steps, args.sampling_steps) == (3, demo["sampling_steps"]) and peft_config is not None
+    assert (args.max_steps, args.sampling_steps) == (3, demo["sampling_steps"]) and peft_config is None
     assert args.algorithm_options == {"grad_steps": None}
     for flags, options in (
         (["--algorithm=refl"], {}),

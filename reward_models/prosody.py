@@ -1,0 +1,72 @@
+"""How close the liveliness of the pitch comes to what was asked for: rewards are easily paid by monotone speech.
+
+    score = -|s - target|,    s: standard deviation of the pitch of voiced frames, in semitones (see speech/pitch.py)
+
+0 is best. The target is the reference clip's own spread, or a given one; it has two sides, so that a pitch that runs
+wild pays as little as one that does not move. A clip with too little voice counts as monotone, and has no gradient.
+Rewards of error rates alone make speech monotone (Shin et al. 2025, arXiv:2509.18531); so did MOS with clear words here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rlhf_mel.speech.pitch import pitch_spread
+from rlhf_mel.types import Audio, Prompts
+
+
+class Prosody(nn.Module):
+    """Distance from a spread of pitch as a frozen reward model."""
+
+    name = "prosody"
+    differentiable = True
+    domain = "waveform"
+    sample_rate_hz: int | None = None
+    range = (-math.inf, 0.0)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of the reward `prosody`."""
+
+        target_semitones: float | None = None
+        """Standard deviation of the pitch asked for; None: that of each prompt's reference clip."""
+
+        def __post_init__(self) -> None:
+            target = self.target_semitones
+            if target is None:
+                return
+            if isinstance(target, bool) or not isinstance(target, int | float) or not 0 <= target <= 12:
+                raise ValueError(
+                    "target_semitones of reward 'prosody': expected 0 to 12, or none for the reference's, got "
+                    f"{target!r}"
+                )
+
+    def __init__(self, config: Config | None = None) -> None:
+        super().__init__()
+        self.config = config or self.Config()
+        self.needs = frozenset({"reference"} if self.config.target_semitones is None else ())
+
+    def score(self, audio: Audio, prompts: Prompts) -> Float[Tensor, " b"]:
+        """Minus the distance from the target, in semitones, of each clip."""
+        rows = zip(audio.waveform, audio.lengths_samples.tolist(), strict=True)
+        heard = [_spread(row[:length], audio.sample_rate_hz) for row, length in rows]
+        return torch.stack([-(s - target).abs() for s, target in zip(heard, self._targets(prompts), strict=True)])
+
+    def _targets(self, prompts: Prompts) -> list[Tensor]:
+        if self.config.target_semitones is not None:
+            return [torch.tensor(self.config.target_semitones)] * len(prompts)
+        rows = zip(prompts.reference_audio, prompts.reference_lengths_samples.tolist(), strict=True)
+        return [_spread(row[:length], prompts.sample_rate_hz).detach() for row, length in rows]
+
+
+def _spread(clip: Float[Tensor, " s"], rate_hz: int) -> Float[Tensor, ""]:
+    spread = pitch_spread(clip, rate_hz)
+    return clip.new_zeros(()) if spread is None else spread
+
+
+reward_model = Prosody
