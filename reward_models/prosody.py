@@ -4,7 +4,7 @@
 
 0 is best. The target is the reference clip's own spread, or a given one; it has two sides, so that a pitch that runs
 wild pays as little as one that does not move. A clip with too little voice counts as monotone, and has no gradient.
-Rewards of error rates alone make speech monotone (Shin et al. 2025, arXiv:2509.18531); so did MOS with clear words here.
+Rewards of error rates alone make speech monotone (Shin et al. 2025, arXiv:2509.18531); so did MOS with words here.
 """
 
 from __future__ import annotations
