@@ -71,7 +71,7 @@ Finalize = Callable[[Tensor, Any], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """What the velocity is regressed to in n steps of b rollouts of one total duration."""
+    """What the velocity is regressed to in n steps of b rollouts that were solved together."""
 
     trajectory: Trajectory
     steps: Sequence[int]

@@ -23,10 +23,10 @@ def test_no_arguments_is_the_bundled_demo() -> None:
     assert lora_config(model_config) is None
 
 
-def test_the_demo_is_bundled_and_trains_all_weights_towards_mos_words_and_level() -> None:
+def test_the_demo_is_bundled_and_trains_all_weights_towards_mos_words_level_and_pitch() -> None:
     config, model_config = parse_arguments(["--config", str(RECIPES / "configs/demo.yaml")])
     assert (config.policy, config.algorithm, config.algorithm_options) == ("tiny", "draft", {"grad_steps": None})
-    assert config.reward_models == ["mos", "intelligibility", "level"] and lora_config(model_config) is None
+    assert config.reward_models == ["mos", "intelligibility", "level", "prosody"] and lora_config(model_config) is None
 
 
 def test_the_recipe_without_config_is_the_demo_and_flags_go_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
