@@ -3,7 +3,7 @@
     score = -|L - target| in LU (a LU is a dB),    L: loudness by ITU-R BS.1770-4, K-weighted and gated, in LUFS
 
 0 is best. The target is the reference clip's own loudness, or a given one. What is below -70 LUFS, the recommendation's
-gate, counts as -70 and has no gradient. The slope is the same however far off: what is trained is pulled by its median,
+gate, counts as -70, its gradient is 0. The slope is the same however far off: what is trained is pulled by its median,
 and a few takes that are far off do not outweigh the others.
 """
 
@@ -69,7 +69,7 @@ class Level(nn.Module):
 
 def _gated(clip: Float[Tensor, " s"], rate_hz: int) -> Float[Tensor, ""]:
     loudness = loudness_lufs(clip, rate_hz).to(clip.dtype)
-    return loudness if bool(loudness > GATE_LUFS) else torch.full_like(loudness.detach(), GATE_LUFS)
+    return loudness if bool(loudness > GATE_LUFS) else GATE_LUFS + 0.0 * clip.sum()
 
 
 reward_model = Level

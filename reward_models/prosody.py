@@ -3,7 +3,7 @@
     score = -|s - target|,    s: standard deviation of the pitch of voiced frames, in semitones (see speech/pitch.py)
 
 0 is best. The target is the reference clip's own spread, or a given one; it has two sides, so that a pitch that runs
-wild pays as little as one that does not move. A clip with too little voice counts as monotone, and has no gradient.
+wild pays as little as one that does not move. A clip with too little voice counts as monotone, its gradient is 0.
 Rewards of error rates alone make speech monotone (Shin et al. 2025, arXiv:2509.18531); so did MOS with words here.
 """
 
@@ -66,7 +66,7 @@ class Prosody(nn.Module):
 
 def _spread(clip: Float[Tensor, " s"], rate_hz: int) -> Float[Tensor, ""]:
     spread = pitch_spread(clip, rate_hz)
-    return clip.new_zeros(()) if spread is None else spread
+    return 0.0 * clip.sum() if spread is None else spread
 
 
 reward_model = Prosody

@@ -34,6 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
         files = [file.relative_to(root).with_suffix("") for file in (root / "rlhf_mel").rglob("*.py")]
         modules = [".".join(file.parts) for file in files if file.stem not in ("__init__", "config", "kernels")]
         install_import_hook([*modules, "reward_models"], "conftest.checked")
+    from rlhf_mel.speech.measures import load_librosa
+
+    load_librosa()  # before any test imports it
 
 
 def checked(function: Any) -> Any:

@@ -20,8 +20,11 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,10 +183,28 @@ def _dnsmos_windows(clip: Tensor, sample_rate_hz: int) -> np.ndarray:
 
 
 @functools.cache
+def load_librosa() -> Any:
+    """librosa, imported when it is needed: slowly, and by one process at a time.
+
+    Numba compiles some of its functions as they are imported, and keeps them in two files each. Processes that do so at
+    once leave files of one beside those of another, and whoever calls such a function is killed (numba/numba#10128).
+    """
+    from filelock import FileLock
+
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    with FileLock(Path(tempfile.gettempdir()) / f"rlhf_mel-librosa-{user}.lock"):
+        for name in ("core", "feature", "sequence", "util"):
+            import_module(f"librosa.{name}")
+    return import_module("librosa")
+
+
+@functools.cache
 def _dnsmos_model() -> Any:
     """The package's P.835 model and its polynomials."""
     from onnxruntime import InferenceSession, SessionOptions
-    from speechmos import dnsmos as package  # loads librosa
+
+    load_librosa()  # which the package imports
+    from speechmos import dnsmos as package
 
     class Primary(package.DNSMOS):  # type: ignore[misc]  # speechmos has no types
         def __init__(self) -> None:
@@ -241,7 +262,7 @@ def pitch_contour(waveform: Tensor, sample_rate_hz: int) -> np.ndarray:
 
     Frames more than an octave from the median are errors of the pitch tracker, and NaN too.
     """
-    import librosa  # slow to import
+    librosa = load_librosa()
 
     resampled = resample(waveform[None], sample_rate_hz, JUDGE_SAMPLE_RATE_HZ)[0].numpy()
     f0_hz, voiced, _ = librosa.pyin(

@@ -75,11 +75,12 @@ def test_a_batch_scores_as_its_items_alone() -> None:
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
-def test_silence_is_at_the_gate_and_has_no_gradient() -> None:
+def test_silence_is_at_the_gate_and_its_gradient_is_zero() -> None:
     waveform = torch.zeros(1, RATE_HZ, requires_grad=True)
     audio = Audio(waveform, torch.tensor([RATE_HZ]), RATE_HZ, torch.zeros(1, 1, 100), torch.ones(1, dtype=torch.long))
     scores = level(target_lufs=-20.0).score(audio, prompts(tone(1)))
-    assert scores.tolist() == [-50.0] and not scores.requires_grad
+    (gradient,) = torch.autograd.grad(scores.sum(), waveform)
+    assert scores.tolist() == [-50.0] and not gradient.any()
     quiet = as_audio(tone(1, 1e-5))  # -103 LUFS: below the gate of -70
     assert level(target_lufs=-20.0).score(quiet, prompts(tone(1))).tolist() == [-50.0]
 

@@ -185,7 +185,7 @@ def test_natural_speech(mos: Mos, package: ConvTransformerSQAModel, path: Path) 
     with torch.no_grad():
         natural = score(mos, clip).item()
         assert natural == pytest.approx(package(clip[None]).item(), abs=0.01)
-        assert natural - score(mos, clip + noise).item() > 1  # white noise at -26 dBFS is heard
+        assert natural - score(mos, clip + noise).item() > 0.3  # white noise at -26 dBFS is heard
 
 
 def test_frozen_and_always_in_evaluation_mode(mos: Mos) -> None:

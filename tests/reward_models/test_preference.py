@@ -64,7 +64,7 @@ def test_a_folder_is_a_reward_by_its_path(folder: Path) -> None:
     ("content", "message"),
     [
         (None, r"expected a folder with config\.json, as recipes/reward_model\.py writes it"),
-        ({"model_type": "bert"}, r"to say \"reward_model\": one of .*'preference'\], got None"),
+        ({"model_type": "bert"}, r"to say \"reward_model\": one of .*'preference', .*\], got None"),
         ({"reward_model": "os:system"}, r"one of .*, got 'os:system'"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from problems import vibrato
 from torch import Tensor
 
 from rlhf_mel.rewards.base import RewardModel
@@ -324,7 +325,7 @@ class TestContract:
     def sounds(self, reward: RewardModel) -> Audio:
         generator = torch.Generator().manual_seed(0)
         lengths = [9_600, 6_400]
-        waveform = 0.1 * torch.randn(2, 9_600, generator=generator)
+        waveform = 0.01 * torch.randn(2, 9_600, generator=generator) + vibrato(2.0, seconds=0.4).float()
         waveform[1, 6_400:] = 0
         mel = torch.randn(2, 38, 100, generator=generator)
         mel[1, 26:] = 0
