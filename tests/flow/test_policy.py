@@ -90,7 +90,7 @@ def small_policy(backbone: str, flags: dict) -> CFM:
 def test_a_batch_gives_each_item_what_it_gives_alone(backbone: str, flags: dict, guidance: float) -> None:
     """Values and gradients, for unequal references, texts and durations, all solved together."""
     policy, prompts = small_policy(backbone, flags), tiny_prompts()
-    policy.mix_durations_on_cpu = True
+    policy.mix_durations = True
     assert len(rows_together(policy, prompts)) == 1
     say = partial(speak, cfg_strength=guidance)
     together = say(policy)
@@ -119,7 +119,7 @@ def test_what_is_solved_together_has_little_padding() -> None:
     prompts = replace(prompts, durations_frames=torch.tensor(frames))
     policy = tiny_policy()
     assert sorted(rows_together(policy, prompts)) == [[0], [1, 4], [2], [3], [5]]
-    policy.mix_durations_on_cpu = True
+    policy.mix_durations = True
     assert rows_together(policy, prompts) == [[1, 4, 2], [3, 0], [5]]
     assert sorted(rows_together(policy, prompts, "dopri5")) == [[0], [1, 4], [2], [3], [5]]
     assert sorted(rows_together(policy.speed_up(compiled=False), prompts)) == [[0], [1, 4], [2], [3], [5]]

@@ -234,7 +234,7 @@ def test_each_item_is_what_it_would_be_alone_and_noise_differs(mixed: bool) -> N
     policy, prompts = tiny_policy().train(), tiny_prompts(texts=["bad cab", "a fig", "bad cab"])
     prompts = replace(prompts, reference_texts=["feed me", "jam", "feed me"])
     prompts.reference_audio[2] = prompts.reference_audio[0]
-    policy.mix_durations_on_cpu = mixed
+    policy.mix_durations = mixed
     options = dict(sde=SDE(), window=range(1, 4), steps=5)
     spoken, trajectories = sde_rollout(policy, prompts, generator=torch.Generator().manual_seed(3), **options)
     rows_of = [trajectory.rows for trajectory in trajectories]
