@@ -84,8 +84,8 @@ class CFM(nn.Module):
         self.voices: tuple[str, ...] = ()
         """All voices that the policy can speak in, by the names in prompts; empty: it clones any."""
         self.mix_durations = False
-        """Whether rollouts solve items of several durations together. A CPU is no sooner for it: with gradients at 0.8 to
-        1.1 times the speed of one by one. Not measured on a GPU."""
+        """Whether rollouts solve items of several durations together. A CPU is no sooner for it: with gradients it has
+        0.8 to 1.1 times the speed of one by one. Not measured on a GPU."""
         self.fast: FastVelocity | None = None
         """What computes velocities without gradients in eval mode; see `speed_up`."""
 
@@ -232,7 +232,7 @@ class CFM(nn.Module):
 
     @property
     def mixes_durations(self) -> bool:
-        """Whether items of several durations are to be solved together: if asked to, not by the graphs of `speed_up`."""
+        """Whether rollouts solve items of several durations together: if asked to, not by the graphs of `speed_up`."""
         return self.mix_durations and self.fast is None
 
     @property
