@@ -9,27 +9,22 @@ and a few takes that are far off do not outweigh the others.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
 
+from rlhf_mel.rewards.distance import Distance
 from rlhf_mel.speech.audio import loudness_lufs
-from rlhf_mel.types import Audio, Prompts
 
 GATE_LUFS = -70.0
 
 
-class Level(nn.Module):
+class Level(Distance):
     """Distance from a loudness as a frozen reward model."""
 
     name = "level"
-    differentiable = True
-    domain = "waveform"
-    sample_rate_hz: int | None = None
-    range = (-math.inf, 0.0)
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -48,28 +43,12 @@ class Level(nn.Module):
                 )
 
     def __init__(self, config: Config | None = None) -> None:
-        super().__init__()
-        self.config = config or self.Config()
-        self.needs = frozenset({"reference"} if self.config.target_lufs is None else ())
+        super().__init__((config or self.Config()).target_lufs)
 
-    def score(self, audio: Audio, prompts: Prompts) -> Float[Tensor, " b"]:
-        """Minus the distance from the target, in LU, of each clip."""
-        rows = zip(audio.waveform, audio.lengths_samples.tolist(), strict=True)
-        heard = [_gated(row[:length], audio.sample_rate_hz) for row, length in rows]
-        return torch.stack(
-            [-(loudness - target).abs() for loudness, target in zip(heard, self._targets(prompts), strict=True)]
-        )
-
-    def _targets(self, prompts: Prompts) -> list[Tensor]:
-        if self.config.target_lufs is not None:
-            return [torch.tensor(self.config.target_lufs)] * len(prompts)
-        rows = zip(prompts.reference_audio, prompts.reference_lengths_samples.tolist(), strict=True)
-        return [_gated(row[:length], prompts.sample_rate_hz).detach() for row, length in rows]
-
-
-def _gated(clip: Float[Tensor, " s"], rate_hz: int) -> Float[Tensor, ""]:
-    loudness = loudness_lufs(clip, rate_hz).to(clip.dtype)
-    return loudness if bool(loudness > GATE_LUFS) else GATE_LUFS + 0.0 * clip.sum()
+    @override
+    def measure(self, clip: Float[Tensor, " s"], rate_hz: int) -> Float[Tensor, ""]:
+        loudness = loudness_lufs(clip, rate_hz).to(clip.dtype)
+        return loudness if bool(loudness > GATE_LUFS) else GATE_LUFS + 0.0 * clip.sum()
 
 
 reward_model = Level

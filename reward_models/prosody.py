@@ -9,25 +9,20 @@ Rewards of error rates alone make speech monotone (Shin et al. 2025, arXiv:2509.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
 
+from rlhf_mel.rewards.distance import Distance
 from rlhf_mel.speech.pitch import pitch_spread
-from rlhf_mel.types import Audio, Prompts
 
 
-class Prosody(nn.Module):
+class Prosody(Distance):
     """Distance from a spread of pitch as a frozen reward model."""
 
     name = "prosody"
-    differentiable = True
-    domain = "waveform"
-    sample_rate_hz: int | None = None
-    range = (-math.inf, 0.0)
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -47,26 +42,12 @@ class Prosody(nn.Module):
                 )
 
     def __init__(self, config: Config | None = None) -> None:
-        super().__init__()
-        self.config = config or self.Config()
-        self.needs = frozenset({"reference"} if self.config.target_semitones is None else ())
+        super().__init__((config or self.Config()).target_semitones)
 
-    def score(self, audio: Audio, prompts: Prompts) -> Float[Tensor, " b"]:
-        """Minus the distance from the target, in semitones, of each clip."""
-        rows = zip(audio.waveform, audio.lengths_samples.tolist(), strict=True)
-        heard = [_spread(row[:length], audio.sample_rate_hz) for row, length in rows]
-        return torch.stack([-(s - target).abs() for s, target in zip(heard, self._targets(prompts), strict=True)])
-
-    def _targets(self, prompts: Prompts) -> list[Tensor]:
-        if self.config.target_semitones is not None:
-            return [torch.tensor(self.config.target_semitones)] * len(prompts)
-        rows = zip(prompts.reference_audio, prompts.reference_lengths_samples.tolist(), strict=True)
-        return [_spread(row[:length], prompts.sample_rate_hz).detach() for row, length in rows]
-
-
-def _spread(clip: Float[Tensor, " s"], rate_hz: int) -> Float[Tensor, ""]:
-    spread = pitch_spread(clip, rate_hz)
-    return 0.0 * clip.sum() if spread is None else spread
+    @override
+    def measure(self, clip: Float[Tensor, " s"], rate_hz: int) -> Float[Tensor, ""]:
+        spread = pitch_spread(clip, rate_hz)
+        return 0.0 * clip.sum() if spread is None else spread
 
 
 reward_model = Prosody
